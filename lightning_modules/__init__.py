@@ -1,0 +1,1 @@
+"""A generic VAE on Lightning that trains any stochastic layer."""

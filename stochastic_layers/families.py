@@ -1,0 +1,237 @@
+"""Distribution families: how the last dimension of params becomes a ``torch.distributions`` law, and its draws z."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
+
+from stochastic_layers.registry import nearest
+
+__all__ = ["BernoulliFamily", "CategoricalFamily", "Family", "GaussianFamily", "create_family", "draw_categorical"]
+
+MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
+
+
+def draw_categorical(probs: Tensor, num_samples: int) -> Tensor:
+    """Exact one-hot draws by inversion of the cumulative sum: one uniform per row instead of one Gumbel per category.
+
+    Args:
+        probs: Probabilities ``[..., C]``; rows need not be normalised.
+        num_samples: Number S of independent draws.
+
+    Returns:
+        One-hot vectors ``[S, ..., C]`` of the dtype of ``probs``. A category of probability zero is never drawn.
+    """
+    cdf = probs.detach().cumsum(-1)
+    total = cdf[..., -1:]
+    u = torch.rand(num_samples, *total.shape, dtype=cdf.dtype, device=cdf.device) * total
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to total
+    index = torch.searchsorted(cdf.expand(num_samples, *cdf.shape).contiguous(), u, right=True)
+    return torch.zeros(num_samples, *cdf.shape, dtype=cdf.dtype, device=cdf.device).scatter_(-1, index, 1.0)
+
+
+class Family(ABC):
+    """A family of factorised laws of ``latent_dim`` variables.
+
+    Args:
+        latent_dim: Number of latent variables.
+        num_categories: Number of categories of each; only categorical families take it.
+    """
+
+    name: ClassVar[str]
+    discrete: ClassVar[bool]
+    takes_categories: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ("logits",)  # what params holds, in this order along its last dimension
+
+    def __init__(self, latent_dim: int, num_categories: int | None = None) -> None:
+        if not isinstance(latent_dim, int) or isinstance(latent_dim, bool) or latent_dim < 1:
+            raise ValueError(f"needed latent_dim >= 1, got {latent_dim!r}; pass the number of latent variables.")
+        if self.takes_categories:
+            if not isinstance(num_categories, int) or isinstance(num_categories, bool) or num_categories < 2:
+                raise ValueError(
+                    f"needed num_categories >= 2 for family {self.name!r}, got {num_categories!r}; pass num_categories=..."
+                )
+        elif num_categories is not None:
+            raise ValueError(
+                f"family {self.name!r} has no num_categories, got {num_categories!r}; leave it out or use "
+                "family='categorical'."
+            )
+        self.latent_dim = latent_dim
+        self.num_categories = num_categories
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of params."""
+        return self.latent_dim * len(self.parts)
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of z."""
+        return self.latent_dim
+
+    @abstractmethod
+    def distribution(self, params: Tensor) -> Distribution:
+        """The law q of params ``[*batch, in_features]``; batch shape ``[*batch]``."""
+
+    @abstractmethod
+    def sample(self, q: Distribution, num_samples: int) -> Tensor:
+        """Exact draws ``[S, *batch, out_features]`` without gradient."""
+
+    @abstractmethod
+    def mode(self, q: Distribution) -> Tensor:
+        """The most probable z ``[*batch, out_features]``."""
+
+    def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
+        """log q(z) ``[S, *batch]`` of z ``[S, *batch, out_features]``."""
+        result: Tensor = q.log_prob(z)
+        return result
+
+    def check(self, params: Tensor, low: float, high: float) -> None:
+        """Refuse finite params that have no finite law; ``low`` and ``high`` are their extremes."""
+
+    def prepare(self, params: Tensor | Sequence[Tensor]) -> Tensor:
+        """Join, check and promote params to at least float32.
+
+        Raises:
+            ValueError: Wrong type, last dimension or value.
+        """
+        if isinstance(params, (tuple, list)):
+            if len(params) != len(self.parts):
+                raise ValueError(
+                    f"needed one tensor or the {len(self.parts)} tensors {self.parts} for family {self.name!r}, got "
+                    f"{len(params)}."
+                )
+            params = torch.cat(torch.broadcast_tensors(*params), -1)
+        if not isinstance(params, Tensor):
+            raise ValueError(f"needed a tensor of params, got {type(params).__name__}.")
+        if not params.is_floating_point():
+            raise ValueError(
+                f"needed floating-point params, got {params.dtype}; they are {' and '.join(self.parts)}, not draws: "
+                "convert with .float()."
+            )
+        if params.dim() < 1 or params.shape[-1] != self.in_features:
+            raise ValueError(
+                f"needed params [*batch, {self.in_features}] for family {self.name!r} with latent_dim="
+                f"{self.latent_dim}"
+                + (f" and num_categories={self.num_categories}" if self.num_categories else "")
+                + f", got {list(params.shape)}; size the layer before by layer.in_features."
+            )
+        if params.dtype in (torch.float16, torch.bfloat16):
+            params = params.float()
+        if params.numel() and not torch.compiler.is_compiling():
+            low, high = torch.stack(torch.aminmax(params.detach())).tolist()  # one pass, one synchronisation
+            if not (low > -float("inf") and high < float("inf")):
+                bad = int((~torch.isfinite(params.detach())).sum())
+                raise ValueError(
+                    f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; look at the "
+                    "network before the layer (learning rate, input scale, gradient clipping)."
+                )
+            self.check(params, low, high)
+        return params
+
+
+class BernoulliFamily(Family):
+    """Independent bits; params are logits ``[*batch, latent_dim]``, z is 0 or 1."""
+
+    name = "bernoulli"
+    discrete = True
+
+    def distribution(self, params: Tensor) -> Independent:
+        return Independent(Bernoulli(logits=params, validate_args=False), 1, validate_args=False)
+
+    def sample(self, q: Distribution, num_samples: int) -> Tensor:
+        assert isinstance(q, Independent)
+        probs = torch.sigmoid(q.base_dist.logits.detach())
+        return torch.bernoulli(probs.expand(num_samples, *probs.shape))
+
+    def mode(self, q: Distribution) -> Tensor:
+        assert isinstance(q, Independent)
+        logits: Tensor = q.base_dist.logits
+        return (logits > 0).to(logits.dtype)
+
+
+class CategoricalFamily(Family):
+    """Independent one-hot variables; params are logits ``[*batch, latent_dim * num_categories]``, latent by latent."""
+
+    name = "categorical"
+    discrete = True
+    takes_categories = True
+
+    @property
+    def in_features(self) -> int:
+        assert self.num_categories is not None
+        return self.latent_dim * self.num_categories
+
+    @property
+    def out_features(self) -> int:
+        return self.in_features
+
+    def unflatten(self, tensor: Tensor) -> Tensor:
+        """``[..., latent_dim * num_categories]`` -> ``[..., latent_dim, num_categories]``."""
+        assert self.num_categories is not None
+        return tensor.unflatten(-1, (self.latent_dim, self.num_categories))
+
+    def distribution(self, params: Tensor) -> Independent:
+        return Independent(OneHotCategorical(logits=self.unflatten(params), validate_args=False), 1, validate_args=False)
+
+    def sample(self, q: Distribution, num_samples: int) -> Tensor:
+        assert isinstance(q, Independent)
+        return draw_categorical(q.base_dist.logits.detach().exp(), num_samples).flatten(-2)
+
+    def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
+        # linear in z, so that it is also defined (as the multilinear extension) on the relaxed points of a simplex
+        assert isinstance(q, Independent)
+        result: Tensor = (self.unflatten(z) * q.base_dist.logits).sum((-2, -1))
+        return result
+
+    def mode(self, q: Distribution) -> Tensor:
+        assert isinstance(q, Independent)
+        logits: Tensor = q.base_dist.logits
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0).flatten(-2)
+
+
+class GaussianFamily(Family):
+    """Diagonal Gaussian; params are the loc, then the log-variance: ``[*batch, 2 * latent_dim]``."""
+
+    name = "gaussian"
+    discrete = False
+    parts = ("loc", "log_variance")
+
+    def check(self, params: Tensor, low: float, high: float) -> None:
+        if low < -MAX_LOG_VARIANCE or high > MAX_LOG_VARIANCE:  # cheap: the exact look is needed only then
+            extreme = float(params.detach()[..., self.latent_dim :].abs().max())
+            if extreme > MAX_LOG_VARIANCE:
+                raise ValueError(
+                    f"needed log-variances between -{MAX_LOG_VARIANCE:g} and {MAX_LOG_VARIANCE:g}, got one of magnitude "
+                    f"{extreme:.3g}, whose variance or KL overflows; the second half of params is the log-variance, not "
+                    "the scale. Clamp it or lower the learning rate."
+                )
+
+    def distribution(self, params: Tensor) -> Independent:
+        loc, log_variance = params.chunk(2, -1)
+        return Independent(Normal(loc, (0.5 * log_variance).exp(), validate_args=False), 1, validate_args=False)
+
+    def sample(self, q: Distribution, num_samples: int) -> Tensor:
+        return q.sample(torch.Size((num_samples,)))
+
+    def mode(self, q: Distribution) -> Tensor:
+        return q.mean
+
+
+_FAMILIES: dict[str, type[Family]] = {cls.name: cls for cls in (BernoulliFamily, CategoricalFamily, GaussianFamily)}
+
+
+def create_family(name: str, latent_dim: int, num_categories: int | None = None) -> Family:
+    """Build the family called ``name``.
+
+    Raises:
+        ValueError: Unknown name, or sizes that do not fit.
+    """
+    if name not in _FAMILIES:
+        raise ValueError(f"needed the name of a family, got {name!r}; {nearest(name, _FAMILIES)}")
+    return _FAMILIES[name](latent_dim, num_categories)

@@ -1,0 +1,250 @@
+"""The contract: a layer turns params into a sample, a sample turns the cost of its draws into a surrogate loss."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from stochastic_layers.families import Family, create_family
+from stochastic_layers.registry import nearest
+
+__all__ = ["Sample", "StochasticLayer", "sum_rightmost"]
+
+# The list that the innermost ``capture()`` fills, None outside; a ContextVar so that threads and tasks do not mix.
+captured: ContextVar[list[Sample] | None] = ContextVar("captured", default=None)
+
+
+def sum_rightmost(tensor: Tensor, ndim: int) -> Tensor:
+    """Sum the trailing dimensions until ``ndim`` are left: event dimensions that the cost has already summed."""
+    return tensor.flatten(ndim).sum(-1) if tensor.dim() > ndim else tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The draws of one layer, and the rule that turns their cost into a loss.
+
+    Attributes:
+        z: ``[S, *batch, out_features]``, every point at which the cost is to be evaluated.
+        weights: ``[S]`` or ``[S, *batch]``, sum 1 over S: ``(weights * cost).sum(0)`` is the reported estimate of
+            E_q[cost]. Auxiliary points have weight 0.
+        q: The distribution the draws stand for; batch shape ``[*batch]``.
+        log_density: Function of no argument that returns log q(z) ``[S, *batch]``; read it as :attr:`log_prob`.
+        credit: Function of the cost ``[S, *leading batch]`` that returns ``[*leading batch]``; only the gradient of its
+            result is used. ``None`` where the gradient flows through z alone.
+        aux: Extra losses ``[*batch]`` that are known at sampling time; the surrogate trains them.
+    """
+
+    z: Tensor
+    weights: Tensor
+    q: Distribution
+    log_density: Callable[[], Tensor] = field(repr=False)
+    credit: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log q(z) ``[S, *batch]``, computed when asked for."""
+        return self.log_density()
+
+    def surrogate(self, cost: Tensor) -> Tensor:
+        """The loss whose value is the estimate of E_q[cost] and whose gradient is the estimator.
+
+        Args:
+            cost: ``[S, *leading batch]``: one value per draw and example. Batch dimensions of z that the cost does not
+                have are event dimensions, which it has summed.
+
+        Returns:
+            ``[*leading batch]``, equal to ``(weights * cost).sum(0)``. Average it yourself.
+
+        Raises:
+            ValueError: The cost has another shape, for instance because it was reduced over the batch.
+        """
+        self._check(cost)
+        weights = self.weights
+        with torch.autocast(cost.device.type, enabled=False):  # statistics and log-probabilities stay in float32
+            if cost.dtype in (torch.float16, torch.bfloat16):
+                cost = cost.to(weights.dtype)
+            ndim = cost.dim() - 1
+            if weights.dim() == 1:
+                weights = weights.view(-1, *[1] * ndim)
+            loss = (weights * cost).sum(0)
+            terms = [sum_rightmost(term, ndim) for term in self.aux.values()]
+            if self.credit is not None:
+                terms.append(self.credit(cost))
+            for term in terms:
+                loss = loss + (term - term.detach())  # value zero, so that only the gradient is added
+        return loss
+
+    def _check(self, cost: Tensor) -> None:
+        batch = list(self.q.batch_shape)
+        expected = f"[{self.z.shape[0]}" + "".join(f", {n}" for n in batch) + "]"
+        if not isinstance(cost, Tensor) or not cost.is_floating_point():
+            got = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
+            raise ValueError(f"needed a floating-point cost of shape {expected}, got {got}.")
+        shape = list(cost.shape)
+        prefix = [self.z.shape[0], *batch][: len(shape)]
+        if not shape or shape != prefix or (batch and len(shape) < 2):
+            raise ValueError(
+                f"needed a cost of shape {expected} (one value per draw and example; trailing batch dimensions may be "
+                f"summed), got {shape}; do not reduce the cost over the draws or the batch before surrogate()."
+            )
+        if self.weights.dim() > 1 and len(shape) != self.weights.dim():
+            raise ValueError(
+                f"needed a cost of shape {expected}, got {shape}: this layer weights its points by their probability in "
+                "each batch element, so batch dimensions cannot be summed; draw them with latent_dim instead."
+            )
+        if self.z.requires_grad and not cost.requires_grad and torch.is_grad_enabled() and self.credit is None:
+            warnings.warn(
+                "the cost does not depend on z through autograd, so this layer's gradient is zero; a layer that needs "
+                "only values of the cost (sl.list_layers(needs='cost')) trains through a black box.",
+                stacklevel=3,
+            )
+
+
+class StochasticLayer(nn.Module, ABC):
+    """Base of all layers: checks, precision, evaluation mode and capture; a subclass implements :meth:`draw`.
+
+    A subclass states its capabilities as class attributes (see :class:`~stochastic_layers.registry.Description`) and is
+    given a name by :func:`~stochastic_layers.register`.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: Name of the distribution family.
+        num_categories: Number of categories of each variable of a categorical family.
+        num_samples: Number S of draws per example.
+
+    Raises:
+        ValueError: An option is out of range, or the layer does not support the family.
+    """
+
+    name: ClassVar[str] = ""
+    families: ClassVar[tuple[str, ...]]
+    unbiased: ClassVar[bool | str]
+    needs: ClassVar[tuple[str, ...]]
+    evaluations: ClassVar[int | str] = "num_samples"
+    exact_draws: ClassVar[bool] = True
+    reference: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str,
+        num_categories: int | None = None,
+        num_samples: int = 1,
+    ) -> None:
+        super().__init__()
+        if family not in self.families:
+            raise ValueError(
+                f"{self.name or type(self).__name__!r} supports the families {self.families}, got {family!r}; "
+                f"{nearest(family, self.families)} See sl.list_layers(family={family!r})."
+            )
+        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+            raise ValueError(f"needed num_samples >= 1, got {num_samples!r}.")
+        self.family: Family = create_family(family, latent_dim, num_categories)
+        self.num_samples = num_samples
+
+    @abstractmethod
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        """Training draws. ``params`` are checked and at least float32; autocast is off."""
+
+    @property
+    def latent_dim(self) -> int:
+        """Number of latent variables."""
+        return self.family.latent_dim
+
+    @property
+    def num_categories(self) -> int | None:
+        """Number of categories of each variable, ``None`` where the family has none."""
+        return self.family.num_categories
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of params."""
+        return self.family.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of z."""
+        return self.family.out_features
+
+    def distribution(self, params: Tensor | Sequence[Tensor]) -> Distribution:
+        """The law q of params ``[*batch, in_features]``, in at least float32."""
+        params = self.family.prepare(params)
+        with torch.autocast(params.device.type, enabled=False):
+            return self.family.distribution(params)
+
+    def mode(self, params: Tensor | Sequence[Tensor]) -> Tensor:
+        """The deterministic choice ``[*batch, out_features]``: the mode of q."""
+        return self.family.mode(self.distribution(params))
+
+    def sample(self, params: Tensor | Sequence[Tensor], context: Tensor | None = None) -> Sample:
+        """Draw from the law of params.
+
+        In ``train()`` the draws carry the estimator; in ``eval()`` they are exact draws of q without gradient.
+
+        Args:
+            params: ``[*batch, in_features]``, or a tuple of the family's parts (loc and log-variance).
+            context: Features ``[*batch, F]`` for a learned baseline.
+
+        Raises:
+            ValueError: Wrong shape or dtype, or NaN or infinite values.
+        """
+        prepared = self.family.prepare(params)
+        with torch.autocast(prepared.device.type, enabled=False):
+            if self.training:
+                sample = self.draw(prepared, context)
+            else:
+                q = self.family.distribution(prepared.detach())
+                sample = self._sample(q, self.family.sample(q, self.num_samples))
+        dtype = (params if isinstance(params, Tensor) else params[0]).dtype
+        return sample if sample.z.dtype == dtype else replace(sample, z=sample.z.to(dtype))
+
+    def forward(self, params: Tensor | Sequence[Tensor], context: Tensor | None = None) -> Tensor:
+        """Draw z ``[*batch, out_features]`` (``[S, *batch, out_features]`` for more than one point).
+
+        Raises:
+            RuntimeError: The layer needs the cost, is in training mode with gradients on, and no ``sl.capture()`` is
+                open, so that its gradient would silently be zero.
+        """
+        samples = captured.get()
+        if samples is None and "cost" in self.needs and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.name or type(self).__name__!r} gets its gradient from the cost and was called outside "
+                "sl.capture(): the encoder would not train. Write `with sl.capture() as samples: ...` and "
+                "`sl.surrogate(cost, samples).mean().backward()`, or call layer.eval() or torch.no_grad() to only draw."
+            )
+        sample = self.sample(params, context)
+        if samples is not None:
+            samples.append(sample)
+        return sample.z.squeeze(0) if sample.z.shape[0] == 1 else sample.z
+
+    def _sample(
+        self,
+        q: Distribution,
+        z: Tensor,
+        *,
+        weights: Tensor | None = None,
+        credit: Callable[[Tensor], Tensor] | None = None,
+        aux: Mapping[str, Tensor] | None = None,
+    ) -> Sample:
+        """A :class:`Sample` of z ``[S, *batch, out_features]``, equally weighted unless weights are given."""
+        if weights is None:
+            weights = torch.full((z.shape[0],), 1.0 / z.shape[0], dtype=z.dtype, device=z.device)
+        family = self.family
+        return Sample(z, weights, q, lambda: family.log_prob(q, z), credit, dict(aux or {}))
+
+    def extra_repr(self) -> str:
+        options: dict[str, Any] = {"latent_dim": self.latent_dim, "family": self.family.name}
+        if self.num_categories is not None:
+            options["num_categories"] = self.num_categories
+        options["num_samples"] = self.num_samples
+        return ", ".join(f"{k}={v!r}" for k, v in options.items())
