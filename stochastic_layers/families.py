@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import reduce
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ def draw_categorical(probs: Tensor, num_samples: int) -> Tensor:
     return torch.zeros(num_samples, *cdf.shape, dtype=cdf.dtype, device=cdf.device).scatter_(-1, index, 1.0)
 
 
+def _base(q: Distribution) -> Any:
+    """The law of one variable under ``Independent``."""
+    assert isinstance(q, Independent)
+    return q.base_dist
+
+
 class Family(ABC):
     """A family of factorised laws of ``latent_dim`` variables.
 
@@ -54,7 +61,7 @@ class Family(ABC):
         if self.takes_categories:
             if not isinstance(num_categories, int) or isinstance(num_categories, bool) or num_categories < 2:
                 raise ValueError(
-                    f"needed num_categories >= 2 for family {self.name!r}, got {num_categories!r}; pass num_categories=..."
+                    f"needed num_categories >= 2 for family {self.name!r}, got {num_categories!r}; pass it."
                 )
         elif num_categories is not None:
             raise ValueError(
@@ -92,7 +99,17 @@ class Family(ABC):
         return result
 
     def check(self, params: Tensor, low: float, high: float) -> None:
-        """Refuse finite params that have no finite law; ``low`` and ``high`` are their extremes."""
+        """Refuse params that have no finite law; ``low`` and ``high`` are their extremes.
+
+        Raises:
+            ValueError: NaN or infinite params, or ones whose law overflows.
+        """
+        if not (low > -float("inf") and high < float("inf")):
+            bad = int((~torch.isfinite(params)).sum())
+            raise ValueError(
+                f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; look at the network "
+                "before the layer (learning rate, input scale, gradient clipping)."
+            )
 
     def prepare(self, params: Tensor | Sequence[Tensor]) -> Tensor:
         """Join, check and promote params to at least float32.
@@ -106,7 +123,8 @@ class Family(ABC):
                     f"needed one tensor or the {len(self.parts)} tensors {self.parts} for family {self.name!r}, got "
                     f"{len(params)}."
                 )
-            params = torch.cat(torch.broadcast_tensors(*params), -1)
+            shape = reduce(torch.add, params).shape
+            params = torch.cat([part.expand(shape) for part in params], -1)
         if not isinstance(params, Tensor):
             raise ValueError(f"needed a tensor of params, got {type(params).__name__}.")
         if not params.is_floating_point():
@@ -123,15 +141,12 @@ class Family(ABC):
             )
         if params.dtype in (torch.float16, torch.bfloat16):
             params = params.float()
-        if params.numel() and not torch.compiler.is_compiling():
-            low, high = torch.stack(torch.aminmax(params.detach())).tolist()  # one pass, one synchronisation
-            if not (low > -float("inf") and high < float("inf")):
-                bad = int((~torch.isfinite(params.detach())).sum())
-                raise ValueError(
-                    f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; look at the "
-                    "network before the layer (learning rate, input scale, gradient clipping)."
-                )
-            self.check(params, low, high)
+        if torch.compiler.is_compiling():  # no branch on values in a graph: checked on the device, as the graph runs
+            torch._assert_async(torch.isfinite(params).all(), "needed finite params, got NaN or infinite values")
+        elif params.numel():
+            values = params.detach()
+            low, high = torch.stack(torch.aminmax(values)).tolist()  # one pass, one synchronisation; NaN propagates
+            self.check(values, low, high)
         return params
 
 
@@ -141,17 +156,15 @@ class BernoulliFamily(Family):
     name = "bernoulli"
     discrete = True
 
-    def distribution(self, params: Tensor) -> Independent:
+    def distribution(self, params: Tensor) -> Distribution:
         return Independent(Bernoulli(logits=params, validate_args=False), 1, validate_args=False)
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        assert isinstance(q, Independent)
-        probs = torch.sigmoid(q.base_dist.logits.detach())
+        probs = torch.sigmoid(_base(q).logits.detach())
         return torch.bernoulli(probs.expand(num_samples, *probs.shape))
 
     def mode(self, q: Distribution) -> Tensor:
-        assert isinstance(q, Independent)
-        logits: Tensor = q.base_dist.logits
+        logits: Tensor = _base(q).logits
         return (logits > 0).to(logits.dtype)
 
 
@@ -174,24 +187,23 @@ class CategoricalFamily(Family):
     def unflatten(self, tensor: Tensor) -> Tensor:
         """``[..., latent_dim * num_categories]`` -> ``[..., latent_dim, num_categories]``."""
         assert self.num_categories is not None
-        return tensor.unflatten(-1, (self.latent_dim, self.num_categories))
+        return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.num_categories)
 
-    def distribution(self, params: Tensor) -> Independent:
-        return Independent(OneHotCategorical(logits=self.unflatten(params), validate_args=False), 1, validate_args=False)
+    def distribution(self, params: Tensor) -> Distribution:
+        return Independent(
+            OneHotCategorical(logits=self.unflatten(params), validate_args=False), 1, validate_args=False
+        )
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        assert isinstance(q, Independent)
-        return draw_categorical(q.base_dist.logits.detach().exp(), num_samples).flatten(-2)
+        return draw_categorical(_base(q).logits.detach().exp(), num_samples).flatten(-2)
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         # linear in z, so that it is also defined (as the multilinear extension) on the relaxed points of a simplex
-        assert isinstance(q, Independent)
-        result: Tensor = (self.unflatten(z) * q.base_dist.logits).sum((-2, -1))
+        result: Tensor = (self.unflatten(z) * _base(q).logits).sum((-2, -1))
         return result
 
     def mode(self, q: Distribution) -> Tensor:
-        assert isinstance(q, Independent)
-        logits: Tensor = q.base_dist.logits
+        logits: Tensor = _base(q).logits
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0).flatten(-2)
 
 
@@ -203,16 +215,17 @@ class GaussianFamily(Family):
     parts = ("loc", "log_variance")
 
     def check(self, params: Tensor, low: float, high: float) -> None:
-        if low < -MAX_LOG_VARIANCE or high > MAX_LOG_VARIANCE:  # cheap: the exact look is needed only then
-            extreme = float(params.detach()[..., self.latent_dim :].abs().max())
+        super().check(params, low, high)
+        if max(-low, high) > MAX_LOG_VARIANCE:  # cheap: the exact look is needed only then
+            extreme = float(params[..., self.latent_dim :].abs().max())
             if extreme > MAX_LOG_VARIANCE:
                 raise ValueError(
-                    f"needed log-variances between -{MAX_LOG_VARIANCE:g} and {MAX_LOG_VARIANCE:g}, got one of magnitude "
-                    f"{extreme:.3g}, whose variance or KL overflows; the second half of params is the log-variance, not "
-                    "the scale. Clamp it or lower the learning rate."
+                    f"needed log-variances between -{MAX_LOG_VARIANCE:g} and {MAX_LOG_VARIANCE:g}, got one of "
+                    f"magnitude {extreme:.3g}, whose variance or KL overflows; the second half of params is the "
+                    "log-variance, not the scale. Clamp it or lower the learning rate."
                 )
 
-    def distribution(self, params: Tensor) -> Independent:
+    def distribution(self, params: Tensor) -> Distribution:
         loc, log_variance = params.chunk(2, -1)
         return Independent(Normal(loc, (0.5 * log_variance).exp(), validate_args=False), 1, validate_args=False)
 

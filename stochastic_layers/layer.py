@@ -40,6 +40,7 @@ class Sample:
         credit: Function of the cost ``[S, *leading batch]`` that returns ``[*leading batch]``; only the gradient of its
             result is used. ``None`` where the gradient flows through z alone.
         aux: Extra losses ``[*batch]`` that are known at sampling time; the surrogate trains them.
+        equally_weighted: Whether the S points are draws of q of weight 1/S each, one as good as the other.
     """
 
     z: Tensor
@@ -48,6 +49,7 @@ class Sample:
     log_density: Callable[[], Tensor] = field(repr=False)
     credit: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+    equally_weighted: bool = True
 
     @property
     def log_prob(self) -> Tensor:
@@ -237,10 +239,11 @@ class StochasticLayer(nn.Module, ABC):
         aux: Mapping[str, Tensor] | None = None,
     ) -> Sample:
         """A :class:`Sample` of z ``[S, *batch, out_features]``, equally weighted unless weights are given."""
+        equally_weighted = weights is None
         if weights is None:
             weights = torch.full((z.shape[0],), 1.0 / z.shape[0], dtype=z.dtype, device=z.device)
         family = self.family
-        return Sample(z, weights, q, lambda: family.log_prob(q, z), credit, dict(aux or {}))
+        return Sample(z, weights, q, lambda: family.log_prob(q, z), credit, dict(aux or {}), equally_weighted)
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {"latent_dim": self.latent_dim, "family": self.family.name}

@@ -1,0 +1,173 @@
+"""Baselines: what the cost of a draw is compared with, to lower the variance of score-function layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stochastic_layers.registry import nearest
+
+__all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "create_baseline"]
+
+
+class Baseline(nn.Module):
+    """Base of baselines; any ``nn.Module`` with the same :meth:`forward` will do.
+
+    A baseline must not depend on the draw that it is subtracted from: its value for draw k may use the context and the
+    other draws, or earlier steps. Then it changes the variance of the estimator and not its mean. Where the returned
+    prediction carries a gradient, the layer fits it to the cost by least squares, inside the same backward pass.
+    """
+
+    min_samples: int = 1
+
+    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        """The prediction of the cost.
+
+        Args:
+            cost: ``[S, *leading batch]``, detached.
+            context: ``[*batch, F]``, detached: what the user passed to ``layer.sample``, else the layer's params.
+
+        Returns:
+            A tensor that broadcasts to the shape of the cost.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward(cost, context)")
+
+
+class LeaveOneOut(Baseline):
+    """The mean cost of the other draws; needs at least two draws per example.
+
+    References:
+        Buy 4 REINFORCE Samples, Get a Baseline for Free! (Wouter Kool, Herke van Hoof, Max Welling, 2019),
+        https://openreview.net/forum?id=r1lgTGL5DE
+    """
+
+    min_samples = 2
+
+    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        return (cost.sum(0, keepdim=True) - cost) / (cost.shape[0] - 1)
+
+
+class MovingAverage(Baseline):
+    """A running mean of the cost over steps, as it stood before the current step.
+
+    The mean is a weighted sum over past steps divided by the sum of the weights, so that it has no start-up bias. Under
+    ``torch.distributed`` the cost is summed over all ranks before the update, and the ranks agree.
+
+    Args:
+        decay: Weight of the past at each step, in [0, 1).
+
+    Raises:
+        ValueError: ``decay`` is out of range.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"needed 0 <= decay < 1, got {decay}.")
+        self.decay = decay
+        self.register_buffer("total", torch.zeros(1))
+        self.register_buffer("weight", torch.zeros(1))
+
+    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        baseline = self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)  # 0 before the first step
+        if self.training and torch.is_grad_enabled():
+            self._update(cost)
+        return baseline
+
+    @torch.no_grad()
+    def _update(self, cost: Tensor) -> None:
+        moments = torch.stack([cost.sum(), cost.new_tensor(float(cost.numel()))])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(moments)
+        seen = (moments[1] > 0).to(self.weight.dtype)  # an empty batch changes nothing
+        rate = (1 - self.decay) * seen
+        self.total.mul_(1 - rate).add_(rate * moments[0] / moments[1].clamp_min(1))
+        self.weight.mul_(1 - rate).add_(rate)
+
+    def extra_repr(self) -> str:
+        return f"decay={self.decay}"
+
+
+class LearnedBaseline(Baseline):
+    """A small network that predicts the cost from the context.
+
+    Args:
+        context_features: Size F of the context's last dimension. The layer passes its params where the user gives no
+            context, so that ``layer.in_features`` is right there.
+        hidden_features: Width of the hidden layer.
+
+    References:
+        Neural Variational Inference and Learning in Belief Networks (Andriy Mnih, Karol Gregor, 2014),
+        https://arxiv.org/abs/1402.0030
+    """
+
+    def __init__(self, context_features: int, hidden_features: int = 100) -> None:
+        super().__init__()
+        self.context_features = context_features
+        self.network = nn.Sequential(
+            nn.Linear(context_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, 1)
+        )
+
+    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        if context.shape[-1] != self.context_features:
+            raise ValueError(
+                f"needed a context [*batch, {self.context_features}], got {list(context.shape)}; build the layer with "
+                f"baseline={{'name': 'learned', 'context_features': {context.shape[-1]}}}."
+            )
+        dtype = next(self.network.parameters()).dtype
+        prediction: Tensor = self.network(context.to(dtype)).squeeze(-1)  # [*batch]
+        # a cost that has summed trailing batch dimensions is predicted by the sum of their predictions
+        return prediction.flatten(cost.dim() - 1).sum(-1) if prediction.dim() > cost.dim() - 1 else prediction
+
+
+_BASELINES: dict[str, type[Baseline] | None] = {
+    "none": None,
+    "moving_average": MovingAverage,
+    "learned": LearnedBaseline,
+    "leave_one_out": LeaveOneOut,
+}
+
+
+def create_baseline(
+    baseline: str | Mapping[str, Any] | nn.Module | None, *, num_samples: int, context_features: int
+) -> nn.Module | None:
+    """The baseline module of a name, of a mapping ``{"name": ..., **options}``, or a module as it is.
+
+    Args:
+        baseline: ``"none"``, ``"moving_average"``, ``"learned"``, ``"leave_one_out"``, a mapping, a module or ``None``.
+        num_samples: Draws per example of the layer.
+        context_features: Default context size of a learned baseline.
+
+    Raises:
+        ValueError: Unknown name or option, or too few draws for the baseline.
+    """
+    if baseline is None or isinstance(baseline, nn.Module):
+        module = baseline
+    else:
+        options: dict[str, Any] = {"name": baseline} if isinstance(baseline, str) else dict(baseline)
+        name = options.pop("name", None)
+        if name not in _BASELINES:
+            raise ValueError(
+                f"needed the name of a baseline or a module, got {name!r}; {nearest(str(name), _BASELINES)}"
+            )
+        cls = _BASELINES[name]
+        if cls is LearnedBaseline:
+            options.setdefault("context_features", context_features)
+        try:
+            module = cls(**options) if cls is not None else None
+        except TypeError as error:
+            raise ValueError(f"needed options of baseline {name!r}, got {sorted(options)}: {error}.") from error
+    needed = getattr(module, "min_samples", 1)
+    if num_samples < needed:
+        raise ValueError(
+            f"needed num_samples >= {needed} for baseline {type(module).__name__}, got {num_samples}: it compares each "
+            "draw with the others. Raise num_samples or use baseline='moving_average'."
+        )
+    return module

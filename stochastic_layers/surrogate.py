@@ -1,0 +1,106 @@
+"""Capture the samples of the layers inside a model, and turn one cost into the loss of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from stochastic_layers.layer import Sample, captured
+
+__all__ = ["capture", "surrogate"]
+
+
+@contextmanager
+def capture() -> Iterator[list[Sample]]:
+    """Collect the :class:`Sample` of every layer called inside, in the order of the calls.
+
+    Each thread and each asyncio task has its own captures; of nested ones the innermost collects.
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("reinforce", latent_dim=3, family="bernoulli")
+        >>> with sl.capture() as samples:
+        ...     z = layer(torch.zeros(5, 3))
+        >>> len(samples), z.shape
+        (1, torch.Size([5, 3]))
+    """
+    samples: list[Sample] = []
+    token = captured.set(samples)
+    try:
+        yield samples
+    finally:
+        captured.reset(token)
+
+
+def surrogate(cost: Tensor, samples: Sequence[Sample]) -> Tensor:
+    r"""The loss of a model with several stochastic layers, from one cost.
+
+    Two arrangements are understood, and their combinations. *Nested*: a later layer was computed from an earlier one's
+    draws, so its batch shape begins with the earlier one's S. *Parallel*: layers were drawn side by side from the same
+    batch, draw k of one together with draw k of the others. Nested layers are reduced from the deepest outwards: the
+    surrogate of layer l is the cost of layer l - 1, so that each layer is credited with the expected cost of what it
+    caused, :math:`E[f \mid z_1 \dots z_l]`.
+
+    Args:
+        cost: One value per draw of every layer and per example, ``[S_L, ..., S_1, *leading batch]``, where the S of
+            layers that draw one point is left out (as ``layer(params)`` leaves it out).
+        samples: The samples in the order in which they were drawn, as :func:`capture` lists them.
+
+    Returns:
+        ``[*leading batch]``; its value is the estimate of the expected cost. Average it yourself.
+
+    Raises:
+        ValueError: No samples, or a cost that does not fit them.
+    """
+    if not samples:
+        raise ValueError(
+            "needed at least one sample, got none; call the model inside `with sl.capture() as samples:`, in the same "
+            "thread."
+        )
+    remaining = list(samples)
+    while remaining:
+        index = _deepest(cost, remaining)
+        sample = remaining.pop(index)
+        parallel = [s for s in remaining if _size(s) > 1 and _size(s) == _size(sample) and _batch(s) == _batch(sample)]
+        if parallel and not all(s.equally_weighted for s in (sample, *parallel)):
+            raise ValueError(
+                "needed equally weighted draws from layers that are drawn side by side with several points each, got a "
+                "layer with auxiliary or enumerated points; compute one layer from the other's draws instead (nested)."
+            )
+        if _size(sample) == 1:
+            cost = sample.surrogate(cost.unsqueeze(0))
+            continue
+        loss = sample.surrogate(cost)
+        for other in parallel:
+            extra = other.surrogate(cost.detach())
+            loss = loss + (extra - extra.detach())
+            remaining.remove(other)
+        cost = loss
+    return cost
+
+
+def _size(sample: Sample) -> int:
+    return sample.z.shape[0]
+
+
+def _batch(sample: Sample) -> list[int]:
+    return list(sample.q.batch_shape)
+
+
+def _deepest(cost: Tensor, samples: Sequence[Sample]) -> int:
+    """Index of the sample whose draws are the outermost dimension of the cost: the last one that fits."""
+    shape = list(cost.shape)
+    for index in reversed(range(len(samples))):
+        sample = samples[index]
+        points = [_size(sample)] if _size(sample) > 1 else []
+        fits = shape == [*points, *_batch(sample)][: len(shape)]
+        # a single draw beside a parallel layer of several waits until that layer's S is reduced
+        waits = not points and any(_size(s) > 1 and _batch(s) == _batch(sample) for s in samples)
+        if fits and not waits:
+            return index
+    raise ValueError(
+        f"needed a cost whose shape begins with the draws and batch of the captured layers, got {shape} for layers of "
+        f"(draws, batch) {[(_size(s), tuple(_batch(s))) for s in samples]}; keep one value per draw and example."
+    )
