@@ -16,7 +16,7 @@ __all__ = ["GradientStatistics", "gradient_statistics", "preserved"]
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restore, on leaving, the random state and every buffer of the modules: baselines, codebooks, running statistics."""
+    """On leaving, restore the random state and every buffer of the modules: baselines, codebooks, statistics."""
     saved = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
     devices = {t.device.index for m in modules for t in m.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
@@ -77,8 +77,8 @@ def gradient_statistics(
 ) -> GradientStatistics:
     """Redraw the noise of a layer at fixed params and measure its gradient estimator.
 
-    The redraws of a chunk run as one batch: params are repeated along a new leading dimension. Random state, buffers and
-    gradients are left as they were, so that a run with and without the measurement is the same.
+    The redraws of a chunk run as one batch: params are repeated along a new leading dimension. Random state, buffers
+    and gradients are left as they were, so that a run with and without the measurement is the same.
 
     Args:
         layer: The layer, in training mode.

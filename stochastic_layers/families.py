@@ -13,7 +13,15 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal, On
 
 from stochastic_layers.registry import nearest
 
-__all__ = ["BernoulliFamily", "CategoricalFamily", "Family", "GaussianFamily", "create_family", "draw_categorical"]
+__all__ = [
+    "BernoulliFamily",
+    "CategoricalFamily",
+    "Family",
+    "GaussianFamily",
+    "create_family",
+    "draw_categorical",
+    "register_family",
+]
 
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
 
@@ -150,6 +158,21 @@ class Family(ABC):
         return params
 
 
+_FAMILIES: dict[str, type[Family]] = {}
+
+
+def register_family(cls: type[Family]) -> type[Family]:
+    """Class decorator that makes a family known under its ``name``.
+
+    Raises:
+        ValueError: The name is taken by another class.
+    """
+    if _FAMILIES.setdefault(cls.name, cls) is not cls:
+        raise ValueError(f"needed a name that is free, got {cls.name!r}, which is already {_FAMILIES[cls.name]}.")
+    return cls
+
+
+@register_family
 class BernoulliFamily(Family):
     """Independent bits; params are logits ``[*batch, latent_dim]``, z is 0 or 1."""
 
@@ -168,6 +191,7 @@ class BernoulliFamily(Family):
         return (logits > 0).to(logits.dtype)
 
 
+@register_family
 class CategoricalFamily(Family):
     """Independent one-hot variables; params are logits ``[*batch, latent_dim * num_categories]``, latent by latent."""
 
@@ -207,6 +231,7 @@ class CategoricalFamily(Family):
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0).flatten(-2)
 
 
+@register_family
 class GaussianFamily(Family):
     """Diagonal Gaussian; params are the loc, then the log-variance: ``[*batch, 2 * latent_dim]``."""
 
@@ -234,9 +259,6 @@ class GaussianFamily(Family):
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mean
-
-
-_FAMILIES: dict[str, type[Family]] = {cls.name: cls for cls in (BernoulliFamily, CategoricalFamily, GaussianFamily)}
 
 
 def create_family(name: str, latent_dim: int, num_categories: int | None = None) -> Family:

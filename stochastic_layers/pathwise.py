@@ -20,7 +20,7 @@ class Gaussian(StochasticLayer):
     Approximates the gradient of E_q[f] for f differentiable almost everywhere and continuous; unbiased there. A jump of
     f is not seen: use ``reinforce`` with ``family="gaussian"`` for those.
 
-    ``sample`` takes one tensor ``[*batch, 2 * latent_dim]``, loc then log-variance, or the tuple ``(loc, log_variance)``
+    ``sample`` takes one tensor ``[*batch, 2 * latent_dim]``, loc then log-variance, or a tuple ``(loc, log_variance)``
     of tensors that broadcast.
 
     Args:
@@ -39,7 +39,7 @@ class Gaussian(StochasticLayer):
     """
 
     families = ("gaussian",)
-    unbiased = "when the cost is continuous in z, and differentiable almost everywhere"
+    unbiased = True
     needs = ("cost_gradient",)
     reference = "Auto-Encoding Variational Bayes (Kingma and Welling, 2013). https://arxiv.org/abs/1312.6114"
 

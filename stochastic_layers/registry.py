@@ -30,8 +30,8 @@ class Description:
         name: The registered name.
         families: Names of the distribution families it accepts.
         unbiased: ``True``, ``False``, or a sentence "when ..." that says under which condition it is.
-        needs: What the estimator uses: ``"cost"`` (values of the cost at ``Sample.z``), ``"cost_gradient"`` (the cost is
-            differentiated with respect to ``z``), ``"relaxable_cost"`` (the cost is evaluated at points outside the
+        needs: What the estimator uses: ``"cost"`` (values of the cost at ``Sample.z``), ``"cost_gradient"`` (the cost
+            is differentiated with respect to ``z``), ``"relaxable_cost"`` (the cost is evaluated at points outside the
             support of q).
         evaluations: Number of points at which the cost is evaluated in one training step, a number or a formula in the
             layer's options.

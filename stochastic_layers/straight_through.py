@@ -45,8 +45,8 @@ class StraightThrough(StochasticLayer):
     unbiased = "when the cost is linear in z"
     needs = ("cost_gradient",)
     reference = (
-        "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation (Bengio, Leonard and "
-        "Courville, 2013). https://arxiv.org/abs/1308.3432"
+        "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation (Bengio, Leonard "
+        "and Courville, 2013). https://arxiv.org/abs/1308.3432"
     )
 
     def __init__(

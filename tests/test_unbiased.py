@@ -1,0 +1,34 @@
+"""Every layer that calls itself unbiased, against the exact gradient; every biased one, with its bias measured."""
+
+import pytest
+import torch
+
+import stochastic_layers as sl
+from stochastic_layers.testing import COSTS, PolynomialCost, check_mean
+
+CASES = [
+    ("gaussian", {"latent_dim": 2}),
+    ("reinforce", {"latent_dim": 3, "baseline": "none"}),
+    ("reinforce", {"latent_dim": 3, "num_samples": 4, "baseline": "leave_one_out"}),
+    ("reinforce", {"latent_dim": 3, "num_samples": 2, "baseline": "moving_average"}),
+    ("reinforce", {"latent_dim": 3, "num_samples": 2, "baseline": "learned"}),
+    (
+        "reinforce",
+        {"latent_dim": 2, "num_categories": 3, "family": "categorical", "num_samples": 2, "baseline": "leave_one_out"},
+    ),
+    ("reinforce", {"latent_dim": 2, "family": "gaussian", "num_samples": 4, "baseline": "leave_one_out"}),
+]
+
+
+def build(name, options, seed=1):
+    layer = sl.create(name, **options).double()
+    generator = torch.Generator().manual_seed(seed)
+    params = 0.8 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
+    return layer, params
+
+
+@pytest.mark.parametrize("kind", [k for k in COSTS if k != "constant"])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_gradient_of_the_encoder_is_exact_in_the_mean(name, options, kind):
+    layer, params = build(name, options)
+    check_mean(layer, params, PolynomialCost(kind, layer.out_features))
