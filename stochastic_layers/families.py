@@ -101,6 +101,10 @@ class Family(ABC):
     def mode(self, q: Distribution) -> Tensor:
         """The most probable z ``[*batch, out_features]``."""
 
+    @abstractmethod
+    def standard(self) -> Distribution:
+        """The customary prior: batch shape ``[]`` and the event shape of q."""
+
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         """log q(z) ``[S, *batch]`` of z ``[S, *batch, out_features]``."""
         result: Tensor = q.log_prob(z)
@@ -179,6 +183,10 @@ class BernoulliFamily(Family):
     name = "bernoulli"
     discrete = True
 
+    def standard(self) -> Distribution:
+        """Fair coins."""
+        return self.distribution(torch.zeros(self.in_features))
+
     def distribution(self, params: Tensor) -> Distribution:
         return Independent(Bernoulli(logits=params, validate_args=False), 1, validate_args=False)
 
@@ -249,6 +257,10 @@ class GaussianFamily(Family):
                     f"magnitude {extreme:.3g}, whose variance or KL overflows; the second half of params is the "
                     "log-variance, not the scale. Clamp it or lower the learning rate."
                 )
+
+    def standard(self) -> Distribution:
+        """The standard normal."""
+        return self.distribution(torch.zeros(self.in_features))
 
     def distribution(self, params: Tensor) -> Distribution:
         loc, log_variance = params.chunk(2, -1)
