@@ -182,7 +182,11 @@ class StochasticLayer(nn.Module, ABC):
         """The law q of params ``[*batch, in_features]``, in at least float32."""
         params = self.family.prepare(params)
         with torch.autocast(params.device.type, enabled=False):
-            return self.family.distribution(params)
+            return self.law(params)
+
+    def law(self, params: Tensor) -> Distribution:
+        """q of checked params; a layer that changes the law of its family (by a temperature, say) overrides this."""
+        return self.family.distribution(params)
 
     def mode(self, params: Tensor | Sequence[Tensor]) -> Tensor:
         """The deterministic choice ``[*batch, out_features]``: the mode of q."""
@@ -205,7 +209,7 @@ class StochasticLayer(nn.Module, ABC):
             if self.training:
                 sample = self.draw(prepared, context)
             else:
-                q = self.family.distribution(prepared.detach())
+                q = self.law(prepared.detach())
                 sample = self._sample(q, self.family.sample(q, self.num_samples))
         dtype = (params if isinstance(params, Tensor) else params[0]).dtype
         return sample if sample.z.dtype == dtype else replace(sample, z=sample.z.to(dtype))

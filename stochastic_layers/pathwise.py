@@ -47,7 +47,7 @@ class Gaussian(StochasticLayer):
         super().__init__(latent_dim, family=family, num_samples=num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         loc, scale = q.mean, q.stddev
         noise = torch.randn(self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
         return self._sample(q, torch.addcmul(loc, scale, noise))

@@ -135,7 +135,7 @@ class GumbelSoftmax(TemperedLayer):
         self.hard = hard
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         temperature = self.temperature.to(params.dtype)
         shape = (self.num_samples, *params.shape)
         if isinstance(self.family, CategoricalFamily):

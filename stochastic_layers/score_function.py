@@ -71,7 +71,7 @@ class Reinforce(StochasticLayer):
         self.baseline = create_baseline(baseline, num_samples=num_samples, context_features=self.in_features)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         z = self.family.sample(q, self.num_samples)
         context = (params if context is None else context).detach()
 

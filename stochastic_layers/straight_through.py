@@ -60,7 +60,7 @@ class StraightThrough(StochasticLayer):
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         if isinstance(self.family, CategoricalFamily):
             probs = self.family.unflatten(params).softmax(-1).flatten(-2)
         else:
