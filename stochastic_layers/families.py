@@ -21,6 +21,7 @@ __all__ = [
     "create_family",
     "draw_categorical",
     "register_family",
+    "takes_categories",
 ]
 
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
@@ -221,6 +222,10 @@ class CategoricalFamily(Family):
         assert self.num_categories is not None
         return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.num_categories)
 
+    def standard(self) -> Distribution:
+        """Uniform over the categories."""
+        return self.distribution(torch.zeros(self.in_features))
+
     def distribution(self, params: Tensor) -> Distribution:
         return Independent(
             OneHotCategorical(logits=self.unflatten(params), validate_args=False), 1, validate_args=False
@@ -282,3 +287,8 @@ def create_family(name: str, latent_dim: int, num_categories: int | None = None)
     if name not in _FAMILIES:
         raise ValueError(f"needed the name of a family, got {name!r}; {nearest(name, _FAMILIES)}")
     return _FAMILIES[name](latent_dim, num_categories)
+
+
+def takes_categories(name: str) -> bool:
+    """Whether the family called ``name`` has ``num_categories``."""
+    return name in _FAMILIES and _FAMILIES[name].takes_categories

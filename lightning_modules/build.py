@@ -1,0 +1,95 @@
+"""Parts of a model from their names: a name, a mapping ``{"name": ..., **options}``, or an object as it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightning_modules.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    DiscretizedLogistic,
+    GaussianLikelihood,
+    Likelihood,
+)
+from lightning_modules.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from lightning_modules.objectives import ELBO, IWAE, Objective
+from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
+from stochastic_layers import StochasticLayer, create
+from stochastic_layers.families import Family, takes_categories
+from stochastic_layers.registry import layer_class, nearest
+
+__all__ = ["build_decoder", "build_encoder", "build_layer", "build_likelihood", "build_objective", "build_prior"]
+
+LIKELIHOODS = {c.name: c for c in (BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogistic, GaussianLikelihood)}
+OBJECTIVES = {c.name: c for c in (ELBO, IWAE)}
+PRIORS = {c.name: c for c in (LearnedPrior, StandardPrior)}
+ENCODERS = {"mlp": MLPEncoder, "conv": ConvEncoder}
+DECODERS = {"mlp": MLPDecoder, "conv": ConvDecoder}
+DEFAULT_LATENT_DIM = 32
+DEFAULT_NUM_CATEGORIES = 8
+
+_T = TypeVar("_T")
+Spec = str | Mapping[str, Any]
+
+
+def _named(what: str, spec: Spec, classes: Mapping[str, type[_T]], *args: Any) -> _T:
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = str(options.pop("name", None))
+    if name not in classes:
+        raise ValueError(f"needed the name of {what} or an object, got {name!r}; {nearest(name, classes)}")
+    cls = classes[name]
+    known = list(inspect.signature(cls).parameters)[len(args) :]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{what} {name!r} has no option {option!r}; {nearest(option, known)}")
+    return cls(*args, **options)
+
+
+def build_layer(layer: str | StochasticLayer, options: Mapping[str, Any] | None) -> StochasticLayer:
+    """The layer of a registered name and its options; sizes that are not given get a default."""
+    if isinstance(layer, StochasticLayer):
+        if options:
+            raise ValueError(
+                f"needed no layer_options with a layer object, got {dict(options)}; set them on the object."
+            )
+        return layer
+    options = dict(options or {})
+    parameters = inspect.signature(layer_class(layer)).parameters
+    options.setdefault("latent_dim", DEFAULT_LATENT_DIM)
+    family = options.get("family", parameters["family"].default if "family" in parameters else None)
+    if isinstance(family, str) and takes_categories(family):
+        options.setdefault("num_categories", DEFAULT_NUM_CATEGORIES)
+    return create(layer, **options)
+
+
+def build_encoder(encoder: Spec | nn.Module, data_shape: Sequence[int], out_features: int) -> nn.Module:
+    """The encoder, sized for a layer."""
+    if isinstance(encoder, nn.Module):
+        return encoder
+    return _named("an encoder", encoder, ENCODERS, data_shape, out_features)
+
+
+def build_decoder(decoder: Spec | nn.Module, in_features: int, output_shape: Sequence[int]) -> nn.Module:
+    """The decoder, sized for a layer and a likelihood."""
+    if isinstance(decoder, nn.Module):
+        return decoder
+    return _named("a decoder", decoder, DECODERS, in_features, output_shape)
+
+
+def build_prior(prior: Spec | Prior, family: Family) -> Prior:
+    """The prior, for the layer's family."""
+    return prior if isinstance(prior, Prior) else _named("a prior", prior, PRIORS, family)
+
+
+def build_likelihood(likelihood: Spec | Likelihood) -> Likelihood:
+    """The likelihood."""
+    return likelihood if isinstance(likelihood, Likelihood) else _named("a likelihood", likelihood, LIKELIHOODS)
+
+
+def build_objective(objective: Spec | Objective) -> Objective:
+    """The objective."""
+    return objective if isinstance(objective, Objective) else _named("an objective", objective, OBJECTIVES)

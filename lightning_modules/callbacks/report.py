@@ -1,0 +1,67 @@
+"""The closing table of a run: bound, KL, gradient variance, time, and where the pictures are."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.vae import VAE, log_interval
+
+__all__ = ["Report"]
+
+ROWS = (
+    ("test/elbo", "test ELBO (nats per example)", "{:.2f}"),
+    ("test/iwae", "test importance-weighted bound (nats per example)", "{:.2f}"),
+    ("test/reconstruction", "test reconstruction, E_q log p(x|z) (nats)", "{:.2f}"),
+    ("test/kl", "test KL (nats)", "{:.2f}"),
+    ("train/grad_variance", "gradient variance at the layer's params (mean over the run)", "{:.3g}"),
+    ("train/grad_snr", "gradient signal-to-noise ratio (mean over the run)", "{:.3g}"),
+)
+
+
+class Report(Callback):
+    """Prints a table after testing, on rank zero: what was trained, how well, and at what cost."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._seconds = 0.0
+        self._steps = 0
+        self._start = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._seconds += time.perf_counter() - self._start
+        self._steps += 1
+        if trainer.global_step % log_interval(trainer) == 0:
+            for key in ("train/grad_variance", "train/grad_snr"):
+                if key in trainer.callback_metrics:
+                    total, count = self._sums.get(key, (0.0, 0))
+                    self._sums[key] = (total + float(trainer.callback_metrics[key]), count + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            Console().print(self.table(trainer, pl_module))
+
+    def table(self, trainer: Trainer, pl_module: LightningModule) -> Table:
+        """The table, from what was seen of training and the Trainer's metrics of testing."""
+        title = f"layer {pl_module.layer.name!r}" if isinstance(pl_module, VAE) else type(pl_module).__name__
+        table = Table(title=title, show_header=False)
+        means = {key: total / count for key, (total, count) in self._sums.items()}
+        for key, label, fmt in ROWS:
+            value = trainer.callback_metrics.get(key, means.get(key))
+            if value is not None:
+                if key == "test/iwae" and isinstance(pl_module, VAE):
+                    label += f", {pl_module.iwae_samples['test']} draws"
+                table.add_row(label, fmt.format(float(value)))
+        if self._steps:
+            table.add_row("time per training step", f"{1e3 * self._seconds / self._steps:.2f} ms")
+            table.add_row("training steps", str(self._steps))
+        return table

@@ -1,0 +1,161 @@
+"""Likelihoods p(x | z): how the decoder's output becomes a law of the data, with log-probabilities in nats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Normal
+from torch.nn import functional as F
+
+__all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogistic", "GaussianLikelihood", "Likelihood"]
+
+
+class Likelihood(nn.Module, ABC):
+    """A law of data ``[*batch, C, ...]``, given decoder outputs ``[*batch, outputs_per_value * C, ...]``."""
+
+    name: ClassVar[str]
+    outputs_per_value: int = 1
+    binary: ClassVar[bool] = False  # whether only data in {0, 1} makes the ELBO a bound
+
+    @abstractmethod
+    def distribution(self, output: Tensor) -> Distribution:
+        """The law of every value of the data, ``[*batch, C, ...]``."""
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z) ``[*batch]`` in nats, summed over the values of an example.
+
+        Args:
+            output: Decoder outputs ``[*batch, outputs_per_value * C, ...]``.
+            x: Data, which broadcasts to ``[*batch, C, ...]``; its own dimensions, less the first, are the event.
+        """
+        event = x.dim() - 1
+        return self.value_log_prob(output, x).flatten(-event).sum(-1)
+
+    def value_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """log p of every value, ``[*batch, C, ...]``."""
+        log_prob: Tensor = self.distribution(output).log_prob(x)
+        return log_prob
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The mean of the data ``[*batch, C, ...]``, in the data's range: what a picture shows."""
+        return self.distribution(output).mean
+
+    def split(self, output: Tensor, event_dims: int = 3) -> Tensor:
+        """``[*batch, P * C, ...]`` -> ``[*batch, P, C, ...]`` with P outputs per value."""
+        lead, (channels, *rest) = output.shape[:-event_dims], output.shape[-event_dims:]
+        return output.reshape(*lead, self.outputs_per_value, channels // self.outputs_per_value, *rest)
+
+
+class BernoulliLikelihood(Likelihood):
+    """Independent bits; the decoder gives logits. Data must be 0 or 1 for the ELBO to be a bound."""
+
+    name = "bernoulli"
+    binary = True
+
+    def distribution(self, output: Tensor) -> Distribution:
+        return Bernoulli(logits=output, validate_args=False)
+
+
+class GaussianLikelihood(Likelihood):
+    """Independent normals around the decoder's output, with one learned scale.
+
+    Args:
+        initial_scale: The scale at the start, positive.
+
+    Raises:
+        ValueError: ``initial_scale`` is not positive.
+    """
+
+    name = "gaussian"
+
+    def __init__(self, initial_scale: float = 0.3) -> None:
+        super().__init__()
+        if not initial_scale > 0:
+            raise ValueError(f"needed initial_scale > 0, got {initial_scale}.")
+        self.log_scale = nn.Parameter(torch.tensor([initial_scale]).log())
+
+    def distribution(self, output: Tensor) -> Distribution:
+        return Normal(output, self.log_scale.exp().clamp_min(1e-4), validate_args=False)
+
+
+class CategoricalLikelihood(Likelihood):
+    """A categorical law of each value over ``num_levels`` equidistant levels of [0, 1].
+
+    Args:
+        num_levels: Number of levels; 256 for 8-bit images.
+
+    Raises:
+        ValueError: Fewer than two levels.
+    """
+
+    name = "categorical"
+
+    def __init__(self, num_levels: int = 256) -> None:
+        super().__init__()
+        if num_levels < 2:
+            raise ValueError(f"needed num_levels >= 2, got {num_levels}.")
+        self.num_levels = self.outputs_per_value = num_levels
+
+    def distribution(self, output: Tensor) -> Distribution:
+        logits = self.split(output)
+        return Categorical(logits=logits.movedim(-4, -1), validate_args=False)
+
+    def value_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        return super().value_log_prob(output, (x * (self.num_levels - 1)).round())
+
+    def mean(self, output: Tensor) -> Tensor:
+        levels = torch.linspace(0, 1, self.num_levels, device=output.device, dtype=output.dtype)
+        probs = self.split(output).softmax(-4).movedim(-4, -1)
+        return (probs * levels).sum(-1)
+
+
+class DiscretizedLogistic(Likelihood):
+    """A logistic law integrated over bins of width 1 / (num_levels - 1) around each level.
+
+    The decoder gives a loc and a log-scale per value; the outermost bins reach to infinity: the masses sum to 1.
+
+    Args:
+        num_levels: Number of levels; 256 for 8-bit images.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow (Diederik P. Kingma, Tim Salimans, Rafal
+        Jozefowicz, Xi Chen, Ilya Sutskever, Max Welling, 2016), https://arxiv.org/abs/1606.04934
+    """
+
+    name = "discretized_logistic"
+    outputs_per_value = 2
+
+    def __init__(self, num_levels: int = 256) -> None:
+        super().__init__()
+        if num_levels < 2:
+            raise ValueError(f"needed num_levels >= 2, got {num_levels}.")
+        self.num_levels = num_levels
+
+    def _loc_and_log_scale(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_scale = self.split(output).unbind(-4)
+        return loc.sigmoid(), log_scale.clamp(-7.0, 5.0) - 2.0  # scales from e^-9 to e^3 of the data's range
+
+    def distribution(self, output: Tensor) -> Distribution:
+        """The categorical law over the levels."""
+        levels = torch.linspace(0, 1, self.num_levels, device=output.device, dtype=output.dtype)
+        loc, log_scale = self._loc_and_log_scale(output)
+        log_mass = self._log_mass(loc.unsqueeze(-1), log_scale.unsqueeze(-1), levels)
+        return Categorical(logits=log_mass, validate_args=False)
+
+    def value_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        return self._log_mass(*self._loc_and_log_scale(output), x)
+
+    def _log_mass(self, loc: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
+        half = 0.5 / (self.num_levels - 1)
+        precision = (-log_scale).exp()
+        upper, lower = (x + half - loc) * precision, (x - half - loc) * precision
+        # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - e^(l - u)), without cancellation
+        inner = F.logsigmoid(upper) + F.logsigmoid(-lower) + (-torch.expm1(lower - upper)).log()
+        first, last = F.logsigmoid(upper), F.logsigmoid(-lower)
+        return torch.where(x <= half, first, torch.where(x >= 1 - half, last, inner))
+
+    def mean(self, output: Tensor) -> Tensor:
+        return self._loc_and_log_scale(output)[0]

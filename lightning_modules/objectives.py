@@ -1,0 +1,127 @@
+"""Objectives: what a VAE maximises, from the cost terms of one batch."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from stochastic_layers import Sample, StochasticLayer
+
+__all__ = ["ELBO", "IWAE", "Objective", "Terms"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One batch through the model.
+
+    Attributes:
+        sample: The layer's sample, with batch shape ``[B]``.
+        log_likelihood: log p(x | z) ``[S, B]``.
+        log_prior: log p(z) ``[S, B]``, ``None`` where the KL is analytic and the objective does not ask for it.
+        log_q: log q(z) ``[S, B]``, likewise.
+        kl: Closed-form KL per latent variable ``[B, L]``, ``None`` where there is none.
+    """
+
+    sample: Sample
+    log_likelihood: Tensor
+    log_prior: Tensor | None
+    log_q: Tensor | None
+    kl: Tensor | None
+
+
+class Objective(ABC):
+    """An objective maps :class:`Terms` to a loss; it states which layers it works with."""
+
+    name: ClassVar[str]
+    needs_log_weights: ClassVar[bool] = False
+
+    def check(self, layer: StochasticLayer) -> None:
+        """Refuse, at construction, a layer whose gradient this objective cannot use; by default accept all.
+
+        Raises:
+            ValueError: With a sentence that says what to use instead.
+        """
+        return
+
+    @abstractmethod
+    def loss(self, terms: Terms, step: int) -> Tensor:
+        """The loss ``[B]``, or a scalar where it is not a sum over examples, at optimizer step ``step``."""
+
+
+@dataclass(frozen=True)
+class ELBO(Objective):
+    """The evidence lower bound, E_q[log p(x | z)] - beta KL(q || p), with the usual changes of its KL term in training.
+
+    The KL is taken in closed form where there is one; then only the likelihood is estimated by the layer.
+
+    Args:
+        beta: Weight of the KL.
+        kl_warmup_steps: Number of optimizer steps over which the weight rises linearly from 0 to beta.
+        free_bits: KL per latent variable, averaged over the batch, below which it is not reduced further; in nats.
+
+    Raises:
+        ValueError: A negative option.
+
+    References:
+        beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework (Irina Higgins, Loic Matthey,
+        Arka Pal, Christopher Burgess, Xavier Glorot, Matthew Botvinick, Shakir Mohamed, Alexander Lerchner, 2017),
+        https://openreview.net/forum?id=Sy2fzU9gl; free bits: Improving Variational Inference with Inverse
+        Autoregressive Flow (Kingma et al., 2016), https://arxiv.org/abs/1606.04934
+    """
+
+    name: ClassVar[str] = "elbo"
+    beta: float = 1.0
+    kl_warmup_steps: int = 0
+    free_bits: float = 0.0
+
+    def __post_init__(self) -> None:
+        for option in ("beta", "kl_warmup_steps", "free_bits"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"needed {option} >= 0, got {getattr(self, option)}.")
+
+    def weight(self, step: int) -> float:
+        """Weight of the KL at an optimizer step."""
+        return self.beta * min(1.0, step / self.kl_warmup_steps) if self.kl_warmup_steps else self.beta
+
+    def loss(self, terms: Terms, step: int) -> Tensor:
+        weight = self.weight(step)
+        cost = -terms.log_likelihood
+        if terms.kl is None:
+            assert terms.log_q is not None and terms.log_prior is not None
+            if self.free_bits:
+                raise ValueError(
+                    "needed a closed-form KL per latent variable for free_bits, got a prior without one; set "
+                    "free_bits=0 or use prior='standard'."
+                )
+            return terms.sample.surrogate(cost + weight * (terms.log_q - terms.log_prior))
+        kl = terms.kl.mean(0).clamp_min(self.free_bits).sum() if self.free_bits else terms.kl.sum(-1)
+        return terms.sample.surrogate(cost) + weight * kl
+
+
+@dataclass(frozen=True)
+class IWAE(Objective):
+    """The importance-weighted bound, log mean_k p(x, z_k) / q(z_k), with its pathwise gradient; K is the layer's S.
+
+    References:
+        Importance Weighted Autoencoders (Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2015),
+        https://arxiv.org/abs/1509.00519
+    """
+
+    name: ClassVar[str] = "iwae"
+    needs_log_weights: ClassVar[bool] = True
+
+    def check(self, layer: StochasticLayer) -> None:
+        if layer.needs != ("cost_gradient",) or layer.unbiased is not True or not layer.exact_draws:
+            raise ValueError(
+                f"needed a pathwise layer for objective 'iwae', got {layer.name!r}: the bound is a logarithm of a mean "
+                "over draws, whose gradient must flow through exact draws. Use layer='gaussian', or objective='elbo'."
+            )
+
+    def loss(self, terms: Terms, step: int) -> Tensor:
+        assert terms.log_q is not None and terms.log_prior is not None
+        log_weights = terms.log_likelihood + terms.log_prior - terms.log_q
+        return math.log(log_weights.shape[0]) - log_weights.logsumexp(0)
