@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_modules.vae import VAE, data_of, log_interval
 
-__all__ = ["Pictures"]
+__all__ = ["Pictures", "run_folder"]
 
 
 class Pictures(Callback):
@@ -24,7 +24,7 @@ class Pictures(Callback):
     pictures too.
 
     Args:
-        folder: Where to write; by default the logger's folder, else the Trainer's ``default_root_dir``.
+        folder: Where to write; by default :func:`run_folder`.
         num_images: Number of images in a row of reconstructions; samples are a square of the same width.
     """
 
@@ -52,7 +52,7 @@ class Pictures(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, VAE):
             return
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        folder = Path(self.folder) if self.folder else run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         training = pl_module.training
         pl_module.eval()
@@ -79,6 +79,15 @@ class Pictures(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"]
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of this run: that of the first logger, where checkpoints go too, else ``default_root_dir``."""
+    for logger in trainer.loggers:
+        if logger.save_dir is not None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return Path(logger.save_dir) / str(logger.name) / version
+    return Path(trainer.default_root_dir)
 
 
 def image_grid(images: Tensor, columns: int) -> Figure:

@@ -1,0 +1,154 @@
+"""The console script ``stochastic-layers``: fit, validate, test, predict; list and describe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.table import Table
+
+import stochastic_layers as sl
+from lightning_modules.callbacks import Pictures, Report
+from lightning_modules.callbacks.pictures import run_folder
+from lightning_modules.data import ImageDataModule
+from lightning_modules.vae import VAE
+
+__all__ = ["CLI", "capability_table", "main"]
+
+DEFAULTS = {
+    "data": {"class_path": "lightning_modules.data.Digits"},
+    "model.iwae_samples": {"test": 100},
+    "trainer.max_epochs": 100,
+    "trainer.log_every_n_steps": 10,
+    "trainer.accelerator": "auto",
+    "trainer.logger": {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs", "name": ""},
+    },
+    "checkpoint.monitor": "val/elbo",
+    "checkpoint.mode": "max",
+    "checkpoint.filename": "best",
+    "checkpoint.enable_version_counter": False,
+    "checkpoint.save_last": True,
+}
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole configuration into the run's folder, and once into the W&B run."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=self.multifile
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                config = self.config.as_dict() | {"layer_name": getattr(pl_module, "layer_name", None)}
+                logger.experiment.config.update(config, allow_val_change=True)
+
+
+class CLI(LightningCLI):
+    """LightningCLI for :class:`VAE` and the data modules of this package; ``fit`` ends with a test of the best weights."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Pictures, "pictures")
+        parser.add_argument(
+            "--patience", type=int | None, default=None, help="Stop after so many validations without a better val/elbo."
+        )
+        parser.link_arguments("data.data_shape", "model.data_shape", apply_on="instantiate")
+        parser.set_defaults(DEFAULTS)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        patience = self._get(self.config_init, "patience")
+        if patience is not None:
+            callbacks.append(EarlyStopping("val/elbo", mode="max", patience=patience))
+        callbacks.append(Report())
+        return trainer
+
+    def after_fit(self) -> None:
+        """Test the best weights, once, on the data that neither training nor the choice of weights has seen."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        best = self.trainer.checkpoint_callback
+        path = getattr(best, "best_model_path", "") or None
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False, weights_only=True)
+        pictures = [file for c in self.trainer.callbacks if isinstance(c, Pictures) for file in c.files]  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero:
+            console = Console(soft_wrap=True)
+            for file in pictures:
+                console.print(f"picture: {file}")
+            if path:
+                console.print(f"best weights: {Path(path)}")
+
+
+def capability_table() -> Table:
+    """Every registered layer with its capabilities."""
+    table = Table(title="stochastic layers", show_lines=False)
+    for column in ("layer", "families", "unbiased", "needs of the cost", "evaluations", "exact draws"):
+        table.add_column(column)
+    for name in sl.list_layers():
+        d = sl.describe(name)
+        unbiased = {True: "yes", False: "no"}.get(d.unbiased, d.unbiased) if isinstance(d.unbiased, bool) else d.unbiased
+        table.add_row(
+            d.name,
+            ", ".join(d.families),
+            unbiased,
+            ", ".join(d.needs),
+            str(d.evaluations),
+            "yes" if d.exact_draws else "no",
+        )
+    return table
+
+
+def _describe(name: str) -> None:
+    from stochastic_layers.registry import layer_class
+
+    console = Console()
+    d = sl.describe(name)
+    table = Table(title=d.name, show_header=False)
+    for key in ("summary", "families", "unbiased", "needs", "evaluations", "exact_draws", "reference"):
+        value = getattr(d, key)
+        table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, tuple) else str(value))
+    console.print(table)
+    console.print(layer_class(name).__doc__ or "", markup=False, highlight=False)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``stochastic-layers``; ``args`` default to the command line."""
+    args = sys.argv[1:] if args is None else args
+    command, rest = (args[0], args[1:]) if args else ("", [])
+    try:
+        if command == "list" and not rest:
+            Console().print(capability_table())
+        elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
+            _describe(rest[0])
+        elif command in ("list", "describe"):
+            raise ValueError(f"needed `stochastic-layers list` or `stochastic-layers describe NAME`, got {' '.join(args)!r}.")
+        else:
+            CLI(
+                VAE,
+                ImageDataModule,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                seed_everything_default=0,
+                parser_kwargs={"prog": "stochastic-layers"},
+                args=args,
+            )
+    except ValueError as error:
+        sys.exit(f"stochastic-layers: {error}")
+
+
+if __name__ == "__main__":
+    main()
