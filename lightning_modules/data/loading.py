@@ -150,6 +150,8 @@ class BatchLoader:
         sampler: Which examples form a batch.
     """
 
+    batch_sampler = None  # Lightning reads it where there is a `sampler`
+
     # called `images` because Lightning rebuilds what has a `dataset` as a DataLoader under `overfit_batches`
     def __init__(self, images: ImageDataset, sampler: ShardedBatches) -> None:
         self.images = images
