@@ -61,7 +61,10 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_argument(
-            "--patience", type=int | None, default=None, help="Stop after so many validations without a better val/elbo."
+            "--patience",
+            type=int | None,
+            default=None,
+            help="Stop after so many validations without a better val/elbo.",
         )
         parser.link_arguments("data.data_shape", "model.data_shape", apply_on="instantiate")
         parser.set_defaults(DEFAULTS)
@@ -98,7 +101,9 @@ def capability_table() -> Table:
         table.add_column(column)
     for name in sl.list_layers():
         d = sl.describe(name)
-        unbiased = {True: "yes", False: "no"}.get(d.unbiased, d.unbiased) if isinstance(d.unbiased, bool) else d.unbiased
+        unbiased = (
+            {True: "yes", False: "no"}.get(d.unbiased, d.unbiased) if isinstance(d.unbiased, bool) else d.unbiased
+        )
         table.add_row(
             d.name,
             ", ".join(d.families),
@@ -133,7 +138,9 @@ def main(args: list[str] | None = None) -> None:
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
             _describe(rest[0])
         elif command in ("list", "describe"):
-            raise ValueError(f"needed `stochastic-layers list` or `stochastic-layers describe NAME`, got {' '.join(args)!r}.")
+            raise ValueError(
+                f"needed `stochastic-layers list` or `stochastic-layers describe NAME`, got {' '.join(args)!r}."
+            )
         else:
             CLI(
                 VAE,

@@ -533,7 +533,11 @@ BAD_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "huge idx": ("a-idx3-ubyte", lambda: struct.pack(">4I", 0x0803, *[2**32 - 1] * 3), "got the header"),
     "short": ("a-idx3-ubyte", lambda: idx(ARRAY)[:-1], "needed 42 bytes of data, got 41"),
     "long": ("a-idx3-ubyte.gz", lambda: gzip.compress(idx(ARRAY) + b"x"), "needed 42 bytes of data, got more"),
-    "bomb": ("a-idx3-ubyte.gz", lambda: gzip.compress(idx(ARRAY) + bytes(2 * 10**7)), "needed 42 bytes of data, got more"),
+    "bomb": (
+        "a-idx3-ubyte.gz",
+        lambda: gzip.compress(idx(ARRAY) + bytes(2 * 10**7)),
+        "needed 42 bytes of data, got more",
+    ),
     "truncated gzip": ("a-idx3-ubyte.gz", lambda: gzip.compress(idx(ARRAY))[:-9], "EOFError"),
     "no gzip": ("a-idx3-ubyte.gz", lambda: idx(ARRAY), "BadGzipFile"),
     "empty": ("a-idx3-ubyte.gz", lambda: b"", "got the header ;"),
