@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
@@ -37,6 +37,7 @@ DEFAULTS = {
     "checkpoint.enable_version_counter": False,
     "checkpoint.save_last": True,
 }
+_YES_NO = {True: "yes", False: "no"}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -45,9 +46,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=self.multifile
-        )
+        self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True, multifile=self.multifile)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 config = self.config.as_dict() | {"layer_name": getattr(pl_module, "layer_name", None)}
@@ -55,7 +54,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI for :class:`VAE` and the data modules of this package; ``fit`` ends with a test of the best weights."""
+    """LightningCLI for :class:`VAE` and the data modules; ``fit`` ends with a test of the best weights."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -96,21 +95,20 @@ class CLI(LightningCLI):
 
 def capability_table() -> Table:
     """Every registered layer with its capabilities."""
-    table = Table(title="stochastic layers", show_lines=False)
-    for column in ("layer", "families", "unbiased", "needs of the cost", "evaluations", "exact draws"):
+    table = Table(title="stochastic layers")
+    table.add_column("layer", no_wrap=True)
+    for column in ("families", "unbiased", "needs of the cost", "evaluations", "exact draws"):
         table.add_column(column)
     for name in sl.list_layers():
         d = sl.describe(name)
-        unbiased = (
-            {True: "yes", False: "no"}.get(d.unbiased, d.unbiased) if isinstance(d.unbiased, bool) else d.unbiased
-        )
+        unbiased = d.unbiased if isinstance(d.unbiased, str) else _YES_NO[d.unbiased]
         table.add_row(
             d.name,
             ", ".join(d.families),
             unbiased,
             ", ".join(d.needs),
             str(d.evaluations),
-            "yes" if d.exact_draws else "no",
+            _YES_NO[d.exact_draws],
         )
     return table
 
@@ -130,8 +128,8 @@ def _describe(name: str) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``stochastic-layers``; ``args`` default to the command line."""
-    args = sys.argv[1:] if args is None else args
-    command, rest = (args[0], args[1:]) if args else ("", [])
+    words = sys.argv[1:] if args is None else args
+    command, rest = (words[0], words[1:]) if words else ("", [])
     try:
         if command == "list" and not rest:
             Console().print(capability_table())
@@ -139,7 +137,7 @@ def main(args: list[str] | None = None) -> None:
             _describe(rest[0])
         elif command in ("list", "describe"):
             raise ValueError(
-                f"needed `stochastic-layers list` or `stochastic-layers describe NAME`, got {' '.join(args)!r}."
+                f"needed `stochastic-layers list` or `stochastic-layers describe NAME`, got {' '.join(words)!r}."
             )
         else:
             CLI(

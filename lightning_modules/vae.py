@@ -317,7 +317,7 @@ class VAE(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        rank_zero_info(f"VAE: layer {self.layer}, objective {self.objective}, KL {self.kl_method}.")
+        rank_zero_info(f"VAE: layer {self.layer.name!r}, objective {self.objective}, KL {self.kl_method}.")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", data_of(batch))
