@@ -101,7 +101,7 @@ def test_version_is_the_one_of_the_citation_file():
     assert f"\nversion: {installed}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def tracked_files(package: str) -> set[str]:
+def source_files(package: str) -> set[str]:
     """The files of a package, caches left out, as paths from the root."""
     return {
         path.relative_to(ROOT).as_posix()
@@ -132,9 +132,9 @@ def distributions(tmp_path_factory) -> tuple[set[str], set[str]]:
 def test_the_wheel_holds_both_packages_whole_and_nothing_else(distributions):
     in_wheel, _ = distributions
     installed = {name for name in in_wheel if ".dist-info/" not in name}
-    assert installed == set().union(*map(tracked_files, PACKAGES))
+    assert installed == set().union(*map(source_files, PACKAGES))
     assert {f"{package}/py.typed" for package in PACKAGES} <= installed
-    assert not [name for name in installed if "test" in name or "conftest" in name]
+    assert not [name for name in installed if Path(name).name.startswith(("test_", "conftest"))]
     metadata = {name.partition(".dist-info/")[2] for name in in_wheel - installed}
     assert metadata == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 
@@ -142,7 +142,7 @@ def test_the_wheel_holds_both_packages_whole_and_nothing_else(distributions):
 @pytest.mark.slow
 def test_the_sdist_holds_what_builds_and_tests_a_release_and_nothing_else(distributions):
     _, in_sdist = distributions
-    assert set().union(*map(tracked_files, (*PACKAGES, "tests"))) <= in_sdist
+    assert set().union(*map(source_files, (*PACKAGES, "tests"))) <= in_sdist
     top = {name for name in in_sdist if "/" not in name}
     assert top == {
         "CHANGELOG.md",
