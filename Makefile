@@ -1,0 +1,57 @@
+# Everything needs only Python (3.10 or newer) and make: the environment is built on first use, in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+TEST_STAMP := $(VENV)/.installed-test
+DEV_STAMP := $(VENV)/.installed-dev
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# A stamp is touched after a complete installation, so that an interrupted one is taken up again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "needed Python >= 3.10, got $$($(PYTHON) --version 2>&1); call make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(TEST_STAMP): $(PINS) | $(BIN)/python
+	@echo "installing into $(VENV): some minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(DEV_STAMP): $(PINS) | $(TEST_STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(TEST_STAMP) ## train a VAE (options: make demo DEMO_ARGS="--model.layer disarm")
+	$(BIN)/stochastic-layers fit $(DEMO_ARGS)
+
+test: $(TEST_STAMP) ## run the quick tests and the doctests
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(TEST_STAMP) ## run the slow tests and those on several processes
+	$(BIN)/python -m pytest -m "(slow or ddp) and not gpu" $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP) ## check types
+	$(BIN)/mypy
+
+build: $(TEST_STAMP) ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
