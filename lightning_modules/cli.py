@@ -19,7 +19,7 @@ from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.data import ImageDataModule
 from lightning_modules.vae import VAE
 
-__all__ = ["CLI", "capability_table", "main"]
+__all__ = ["CLI", "capability_markdown", "capability_table", "main"]
 
 DEFAULTS = {
     "data": {"class_path": "lightning_modules.data.Digits"},
@@ -93,24 +93,38 @@ class CLI(LightningCLI):
                 console.print(f"best weights: {Path(path)}")
 
 
-def capability_table() -> Table:
-    """Every registered layer with its capabilities."""
-    table = Table(title="stochastic layers")
-    table.add_column("layer", no_wrap=True)
-    for column in ("families", "unbiased", "needs of the cost", "evaluations", "exact draws"):
-        table.add_column(column)
+COLUMNS = ("layer", "families", "unbiased", "needs of the cost", "evaluations", "exact draws")
+
+
+def capability_rows() -> list[tuple[str, ...]]:
+    """One row of text per registered layer, in the order of :data:`COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
     for name in sl.list_layers():
         d = sl.describe(name)
         unbiased = d.unbiased if isinstance(d.unbiased, str) else _YES_NO[d.unbiased]
-        table.add_row(
-            d.name,
-            ", ".join(d.families),
-            unbiased,
-            ", ".join(d.needs),
-            str(d.evaluations),
-            _YES_NO[d.exact_draws],
-        )
+        families, needs = ", ".join(d.families), ", ".join(d.needs)
+        rows.append((d.name, families, unbiased, needs, str(d.evaluations), _YES_NO[d.exact_draws]))
+    return rows
+
+
+def capability_table() -> Table:
+    """Every registered layer with its capabilities, for the terminal."""
+    table = Table(title="stochastic layers")
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column == "layer")
+    for row in capability_rows():
+        table.add_row(*row)
     return table
+
+
+def capability_markdown() -> str:
+    """The same as a Markdown table, with the references."""
+    lines = ["| " + " | ".join((*COLUMNS, "reference")) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, *rest in capability_rows():
+        title, _, link = sl.describe(name).reference.rpartition(" ")
+        reference = f"[{title.rstrip('.')}]({link})" if link.startswith("http") else sl.describe(name).reference
+        lines.append("| " + " | ".join((f"`{name}`", *rest, reference)) + " |")
+    return "\n".join(lines)
 
 
 def _describe(name: str) -> None:
@@ -133,6 +147,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if command == "list" and not rest:
             Console().print(capability_table())
+        elif command == "list" and rest == ["--markdown"]:
+            print(capability_markdown())
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
             _describe(rest[0])
         elif command in ("list", "describe"):

@@ -58,8 +58,11 @@ class LearnedPrior(Prior):
 
 
 def kl_per_latent(q: Distribution, prior: Distribution) -> Tensor:
-    """KL(q || prior) in nats, in closed form: ``[*batch, L]`` with one column per latent variable where they are
-    independent under both laws, else ``[*batch, 1]``.
+    """KL(q || prior) in nats, in closed form.
+
+    Returns:
+        ``[*batch, L]`` with one column per latent variable where they are independent under both laws, else
+        ``[*batch, 1]``.
 
     Raises:
         NotImplementedError: torch knows no closed form for this pair of laws.

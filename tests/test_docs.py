@@ -1,0 +1,27 @@
+"""Every Python snippet of the README and the docs runs, file by file; the table of layers is the registry's."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.cli import capability_markdown
+from stochastic_layers import registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_snippets_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))  # a page may register layers of its own
+    namespace = {"__name__": "snippet"}
+    for number, snippet in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)):
+        exec(compile(snippet, f"{page.name}, snippet {number}", "exec"), namespace)
+
+
+def test_table_of_layers_in_the_readme_is_the_registry():
+    text = (ROOT / "README.md").read_text()
+    table = re.search(r"<!-- layers:.*?-->\n(.*?)<!-- end of layers -->", text, re.S)[1].strip()
+    assert table == capability_markdown().strip(), "paste the output of `stochastic-layers list --markdown`"
