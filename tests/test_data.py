@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import struct
 import threading
 import tracemalloc
@@ -41,15 +40,6 @@ from lightning_modules.data import (
 )
 from lightning_modules.data.binarize import bernoulli, fixed_permutation, mix64
 from lightning_modules.data.files import ArrayFile, DataFiles, read_array
-
-
-@pytest.fixture
-def data_root() -> str:
-    root = os.environ.get("STOCHASTIC_LAYERS_DATA")
-    if root is None:
-        pytest.skip("set STOCHASTIC_LAYERS_DATA to the folder of the data sets")
-    return root
-
 
 # --- Bernoulli draws
 
@@ -170,8 +160,6 @@ def test_more_processes_than_examples_is_an_error() -> None:
 
 # --- loading
 
-quiet = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")  # Lightning's own
-
 
 def dynamic_set(n: int = 90) -> ImageDataset:
     pixels = torch.randint(0, 256, (n, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -267,7 +255,6 @@ def fit(folder: Path | None, resume: Path | None = None, **options: Any) -> Reco
     return module
 
 
-@quiet
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save nothing
 @pytest.mark.parametrize(
     "options",
@@ -290,7 +277,6 @@ def test_a_run_resumed_at_any_step_sees_the_batches_of_a_run_left_alone(
         assert set(resumed.validated) <= set(left_alone.validated)
 
 
-@quiet
 def test_validation_batches_are_the_same_in_each_epoch() -> None:
     module = fit(None, max_epochs=2, num_sanity_val_steps=0)
     assert len(module.validated) == 4  # 180 examples by 100, twice
@@ -298,7 +284,6 @@ def test_validation_batches_are_the_same_in_each_epoch() -> None:
     assert len(set(module.validated)) == 2
 
 
-@quiet
 def test_overfitting_sees_the_same_examples_in_each_epoch() -> None:
     with pytest.warns(UserWarning, match="requested to overfit"):
         module = fit(None, max_epochs=2, overfit_batches=2)
@@ -430,8 +415,6 @@ def test_bad_tensors_are_refused(arguments: tuple[Any, ...], message: str) -> No
         TensorData(*arguments)
 
 
-@quiet
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's use of jsonargparse
 def test_the_command_line_builds_a_data_module_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train"])
     cli = LightningCLI(
@@ -681,8 +664,8 @@ def test_a_failed_download_tells_why_and_leaves_nothing(
     ],
     ids=["mnist", "fashion", "binarized"],
 )
-def test_the_real_files_are_read(make: Callable[..., ImageDataModule], mean: float, data_root: str) -> None:
-    data = make(root=data_root)
+def test_the_real_files_are_read(make: Callable[..., ImageDataModule], mean: float, data_root: Path) -> None:
+    data = make(root=str(data_root))
     data.setup()
     parts = [data.train_set, data.val_set, data.test_set]
     assert [tuple(part.pixels.shape) for part in parts] == [(n, 1, 28, 28) for n in (50000, 10000, 10000)]
