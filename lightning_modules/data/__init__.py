@@ -1,7 +1,7 @@
 """LightningDataModules of small binary and grey images."""
 
 from lightning_modules.data.digits import Digits
-from lightning_modules.data.files import DataFileError
+from lightning_modules.data.files import DataFileError, MissingFileError
 from lightning_modules.data.images import Binarization, ImageDataModule, TensorData
 from lightning_modules.data.loading import BatchLoader, ImageDataset, ShardedBatches
 from lightning_modules.data.mnist import MNIST, BinarizedMNIST, FashionMNIST
@@ -16,6 +16,7 @@ __all__ = [
     "FashionMNIST",
     "ImageDataModule",
     "ImageDataset",
+    "MissingFileError",
     "ShardedBatches",
     "TensorData",
 ]

@@ -18,7 +18,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-__all__ = ["ArrayFile", "DataFileError", "DataFiles", "data_root", "read_array"]
+__all__ = ["ArrayFile", "DataFileError", "DataFiles", "MissingFileError", "data_root", "read_array"]
 
 ROOT_VARIABLE = "STOCHASTIC_LAYERS_DATA"
 TIMEOUT = 30.0  # seconds without an answer until the next mirror is tried
@@ -26,6 +26,10 @@ TIMEOUT = 30.0  # seconds without an answer until the next mirror is tried
 
 class DataFileError(ValueError):
     """A data file is damaged, or is not the file that its name says."""
+
+
+class MissingFileError(FileNotFoundError, ValueError):
+    """A data file is not there, or could not be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,14 @@ class DataFiles:
         """All arrays, verified.
 
         Raises:
-            FileNotFoundError: A file is missing.
+            MissingFileError: A file is missing.
             DataFileError: A file is damaged or is another one.
         """
         arrays = {}
         for name, array in self.arrays.items():
             path = self.find(root, name)
             if path is None:
-                raise FileNotFoundError(self._missing(root, array))
+                raise MissingFileError(self._missing(root, array))
             arrays[name] = read_array(path, array)
         return arrays
 
@@ -88,7 +92,7 @@ class DataFiles:
         """Download what is missing, each file verified before it gets its name.
 
         Raises:
-            FileNotFoundError: No mirror gave the right file; the message has the reason for each.
+            MissingFileError: No mirror gave the right file; the message has the reason for each.
         """
         for name, array in self.arrays.items():
             if self.find(root, name) is None:
@@ -99,7 +103,7 @@ class DataFiles:
                         break
                     reasons.append(f"{mirror + array.download}: {reason}")
                 else:
-                    raise FileNotFoundError(self._missing(root, array) + "\nTried " + "\n".join(reasons))
+                    raise MissingFileError(self._missing(root, array) + "\nTried " + "\n".join(reasons))
 
     def _missing(self, root: Path, array: ArrayFile) -> str:
         folders = ", ".join(str(root / folder) for folder in self.folders)

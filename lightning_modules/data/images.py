@@ -98,7 +98,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """Load, split and binarize; all stages at once, and only once.
 
         Raises:
-            FileNotFoundError: A file is missing.
+            MissingFileError: A file is missing (a ``FileNotFoundError`` and ``ValueError``).
             DataFileError: A file is damaged or is another one (a ``ValueError``).
             ValueError: No training examples are left.
         """

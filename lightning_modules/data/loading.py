@@ -185,3 +185,4 @@ class BatchLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batches that were handed out when the state was taken, once that epoch is set."""
         self._resume = dict(state_dict)
+        self._position = (state_dict["epoch"], state_dict["batches"])  # for a checkpoint before the first batch

@@ -58,7 +58,7 @@ class FileImages(ImageDataModule):
         """Download what is missing, if asked to.
 
         Raises:
-            FileNotFoundError: No mirror could be reached or gave the right file.
+            MissingFileError: No mirror could be reached or gave the right file.
         """
         if self.download:
             self.files.fetch(self.root)
