@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ __all__ = ["CLI", "capability_markdown", "capability_table", "main"]
 
 DEFAULTS = {
     "data": {"class_path": "lightning_modules.data.Digits"},
+    "model.likelihood": "auto",
     "model.iwae_samples": {"test": 100},
-    "trainer.max_epochs": 100,
+    "trainer.max_epochs": 200,
     "trainer.log_every_n_steps": 10,
     "trainer.accelerator": "auto",
     "trainer.logger": {
@@ -67,6 +69,18 @@ class CLI(LightningCLI):
         )
         parser.link_arguments("data.data_shape", "model.data_shape", apply_on="instantiate")
         parser.set_defaults(DEFAULTS)
+
+    def before_instantiate_classes(self) -> None:
+        """Resolve ``--model.likelihood auto``: bernoulli for binarized data, else a law over the data's grey levels."""
+        config = self._get(self.config, "model")
+        if config is not None and config.likelihood == "auto":
+            data = self._get(self.config, "data")
+            module, _, name = data.class_path.rpartition(".")
+            levels: int | None = getattr(getattr(import_module(module), name), "levels", None)
+            if data.init_args.get("binarization") == "none" and levels is not None:
+                config.likelihood = {"name": "discretized_logistic", "num_levels": levels + 1}
+            else:
+                config.likelihood = "bernoulli"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)

@@ -8,20 +8,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["ReproducibleNoise", "mix"]
+from lightning_modules.data.binarize import mix64
+
+__all__ = ["ReproducibleNoise"]
 
 _FIT, _VALIDATE, _TEST, _PREDICT = range(4)
-
-
-def mix(*values: int) -> int:
-    """A 64-bit seed from integers: splitmix64, so that neighbouring inputs give unrelated streams."""
-    state = 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state
 
 
 class ReproducibleNoise(Callback):
@@ -54,7 +45,7 @@ class ReproducibleNoise(Callback):
 
     def _reseed(self, trainer: Trainer, *position: int) -> None:
         assert self.seed is not None
-        torch.manual_seed(mix(self.seed, trainer.global_rank if self.mode == "per_rank" else 0, *position))
+        torch.manual_seed(mix64(self.seed, trainer.global_rank if self.mode == "per_rank" else 0, *position))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._reseed(trainer, _FIT, trainer.current_epoch, batch_idx)

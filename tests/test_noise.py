@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_layers as sl
 from lightning_modules import ReproducibleNoise
-from lightning_modules.noise import mix
+from lightning_modules.data.binarize import mix64
 
 
 class Own(L.LightningModule):
@@ -104,7 +104,7 @@ def test_ranks_draw_different_noise_unless_it_is_shared():
 
 def test_seeds_of_neighbouring_positions_do_not_collide():
     seeds = {
-        mix(s, r, stage, e, b)
+        mix64(s, r, stage, e, b)
         for s in range(3)
         for r in range(4)
         for stage in range(4)

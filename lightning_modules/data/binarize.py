@@ -16,6 +16,7 @@ UInt64 = npt.NDArray[np.uint64]
 # SplitMix64, "Fast splittable pseudorandom number generators" (Steele, Lea, Flood 2014): a Weyl sequence with this
 # step, scrambled by a bijection whose output bits each depend on all input bits.
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+_MASK = 2**64 - 1
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -36,10 +37,13 @@ def mix64(*words: int) -> int:
         >>> mix64(0, 1) == mix64(0, 1), mix64(0, 1) == mix64(1, 0)
         (True, False)
     """
-    state = np.zeros(1, np.uint64)
+    state = 0  # Python's integers: a tenth of the time of NumPy's scalars
     for word in words:
-        state = _scramble(state + _STEP + np.uint64(word % 2**64))
-    return int(state[0])
+        state = (state + int(_STEP) + word) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
 
 
 def _keys(stream: int, indices: Tensor) -> UInt64:

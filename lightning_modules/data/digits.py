@@ -22,7 +22,7 @@ class Digits(ImageDataModule):
     Args:
         batch_size: See :class:`ImageDataModule`.
         eval_batch_size: See :class:`ImageDataModule`.
-        binarization: See :class:`ImageDataModule`.
+        binarization: See :class:`ImageDataModule`; grey by default, as 8x8 bits show little of a digit.
         val_size: Number of the 1,437 training examples held out for validation.
         seed: See :class:`ImageDataModule`.
 
@@ -63,7 +63,7 @@ class Digits(ImageDataModule):
         self,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
-        binarization: Binarization = "dynamic",
+        binarization: Binarization = "none",
         val_size: int = 180,
         seed: int = 0,
     ) -> None:

@@ -1,0 +1,168 @@
+"""The command line: swap the layer by a word, configure by files, log anywhere, end with a table and pictures."""
+
+import csv
+import sys
+
+import pytest
+import yaml
+
+from lightning_modules import VAE
+from lightning_modules.cli import main
+
+TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.accelerator=cpu"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["stochastic-layers"])
+        main([str(a) for a in args])
+
+    return call
+
+
+def history(path):
+    with open(path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(r[key]) for r in rows if r[key]] for key in rows[0]}
+
+
+def test_fit_without_arguments_of_its_own_trains_reports_and_draws(run, tmp_path, capsys):
+    run("fit", *TINY, *QUIET)
+    out = capsys.readouterr().out
+    for words in (
+        "test ELBO",
+        "100 draws",
+        "test KL",
+        "gradient variance",
+        "signal-to-noise",
+        "time per training step",
+    ):
+        assert words in out
+    folder = tmp_path / "runs" / "version_0"
+    for name in ("samples.png", "reconstructions.png", "curves.png", "config.yaml", "checkpoints/best.ckpt"):
+        assert (folder / name).stat().st_size > 0
+    logged = history(folder)
+    for key in ("train/elbo", "train/kl", "train/reconstruction", "train/grad_variance", "train/grad_snr"):
+        assert logged[key]
+    for stage in ("val", "test"):
+        assert logged[f"{stage}/elbo"][-1] == pytest.approx(
+            logged[f"{stage}/reconstruction"][-1] - logged[f"{stage}/kl"][-1], abs=1e-3
+        )
+    assert logged["test/iwae"][-1] > logged["test/elbo"][-1] - 0.5
+    assert (
+        VAE.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True).layer.name == "straight_through"
+    )
+
+
+def test_the_layer_is_swapped_by_a_word_and_its_options_by_dots(run, tmp_path):
+    run("fit", "--model.layer", "reinforce", "--model.layer_options.num_samples", 8, *TINY, *QUIET)
+    run(
+        "fit", "--model.layer", "gumbel_softmax", "--model.layer_options.temperature", 0.5, *TINY, *QUIET
+    )  # same folder
+    first, second = (tmp_path / "runs" / f"version_{v}" / "checkpoints" / "best.ckpt" for v in (0, 1))
+    reinforce = VAE.load_from_checkpoint(first, weights_only=True).layer
+    assert (reinforce.name, reinforce.num_samples) == ("reinforce", 8)
+    assert float(VAE.load_from_checkpoint(second, weights_only=True).layer.temperature) == pytest.approx(0.5)
+
+
+def test_a_layer_by_class_path_and_parts_by_mapping(run, tmp_path):
+    run(
+        "fit",
+        "--model.layer=stochastic_layers.Reinforce",
+        "--model.layer.latent_dim=5",
+        "--model.layer.baseline=leave_one_out",
+        "--model.layer.num_samples=2",
+        '--model.objective={"name": "elbo", "beta": 0.5}',
+        "--model.encoder=conv",
+        *TINY,
+        *QUIET,
+    )
+    config = yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())
+    assert config["model"]["layer"]["class_path"].endswith("Reinforce")
+    assert config["model"]["objective"] == {"name": "elbo", "beta": 0.5}
+
+
+def test_a_saved_configuration_repeats_the_run(run, tmp_path):
+    run("fit", "--model.layer=reinforce", *TINY, *QUIET)
+    run("fit", "--config", "runs/version_0/config.yaml")
+    first, second = (history(tmp_path / "runs" / f"version_{v}") for v in (0, 1))
+    assert first["test/elbo"] == second["test/elbo"] and first["train/elbo"] == second["train/elbo"]
+
+
+def test_test_and_predict_take_a_checkpoint(run, capsys):
+    run("fit", *TINY, *QUIET)
+    capsys.readouterr()
+    for command in ("validate", "test", "predict"):
+        run(command, "--ckpt_path", "runs/version_0/checkpoints/best.ckpt", "--trainer.accelerator=cpu", *QUIET)
+    assert "test/elbo" in capsys.readouterr().out
+
+
+def test_early_stopping_by_patience(run, tmp_path):
+    run("fit", "--patience=1", "--model.lr=0", *TINY, *QUIET, "--trainer.max_epochs=6")
+    assert len(history(tmp_path / "runs/version_0")["val/elbo"]) == 2
+
+
+@pytest.mark.parametrize("logger", ["WandbLogger", "TensorBoardLogger", "CSVLogger"])
+def test_loggers_take_metrics_and_pictures_without_a_key(run, tmp_path, monkeypatch, logger):
+    if logger == "TensorBoardLogger":
+        pytest.importorskip("tensorboard")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run("fit", f"--trainer.logger={logger}", "--trainer.logger.save_dir=logs", *TINY, *QUIET)
+    assert list((tmp_path / "logs").rglob("samples.png"))
+    assert list((tmp_path / "logs").rglob("config.yaml"))
+
+
+def test_binarized_data_get_the_bernoulli_likelihood(run, tmp_path):
+    run("fit", "--data=Digits", "--data.binarization=dynamic", *TINY, *QUIET)
+    run("fit", "--data=Digits", "--model.likelihood=gaussian", *TINY, *QUIET)
+    configs = [yaml.safe_load((tmp_path / f"runs/version_{v}/config.yaml").read_text()) for v in (0, 1)]
+    assert [c["model"]["likelihood"] for c in configs] == ["bernoulli", "gaussian"]
+
+
+def test_list_and_describe_print_capabilities(run, capsys):
+    run("list")
+    assert "gumbel_softmax" in capsys.readouterr().out
+    run("describe", "reinforce")
+    out = capsys.readouterr().out
+    assert "Williams" in out and "leave_one_out" in out
+    run("list", "--markdown")
+    assert capsys.readouterr().out.startswith("| layer | families |")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["describe", "gumble_softmax"], "did you mean 'gumbel_softmax'"),
+        (["fit", "--model.layer=reinforced"], "did you mean 'reinforce'"),
+        (["fit", "--model.layer=reinforce", "--model.layer_options.num_sample=2"], "did you mean 'num_samples'"),
+        (["fit", "--model.prior=lerned"], "did you mean 'learned'"),
+        (["describe"], "stochastic-layers describe NAME"),
+        (["fit", "--data=MNIST", "--data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(run, args, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*args, *(TINY + QUIET if args[0] == "fit" else []))
+    assert message in str(stop.value.code)
+
+
+@pytest.mark.slow
+def test_mnist_with_200_bits_trains_for_an_epoch(run, tmp_path, data_root):
+    run(
+        "fit",
+        "--data=MNIST",
+        f"--data.root={data_root}",
+        "--model.layer=reinforce",
+        '--model.layer_options={"latent_dim": 200, "num_samples": 4, "baseline": "leave_one_out"}',
+        "--model.iwae_samples={}",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        *QUIET,
+    )
+    elbo = history(tmp_path / "runs/version_0")["val/elbo"][-1]
+    assert -210 < elbo < -100  # independent pixels at their mean reach about -207
