@@ -39,7 +39,7 @@ def test_fit_without_arguments_of_its_own_trains_reports_and_draws(run, tmp_path
         "test KL",
         "gradient variance",
         "signal-to-noise",
-        "time per training step",
+        "time per",
     ):
         assert words in out
     folder = tmp_path / "runs" / "version_0"
@@ -93,6 +93,7 @@ def test_a_saved_configuration_repeats_the_run(run, tmp_path):
     assert first["test/elbo"] == second["test/elbo"] and first["train/elbo"] == second["train/elbo"]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_test_and_predict_take_a_checkpoint(run, capsys):
     run("fit", *TINY, *QUIET)
     capsys.readouterr()
