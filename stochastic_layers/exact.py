@@ -141,7 +141,7 @@ class Enumeration(JointLayer):
         super().__init__(latent_dim, family=family, num_categories=num_categories, max_outcomes=max_outcomes)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         log_q = self.joint_log_probs(params).movedim(-1, 0)  # [N, *batch]
         weights = log_q.detach().exp()
         index = torch.arange(self.num_outcomes, device=params.device)

@@ -32,7 +32,7 @@ class _FlipLayer(StochasticLayer):
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         draws = self.family.sample(q, self.num_samples)  # [K, *batch, out_features]
         if isinstance(self.family, CategoricalFamily):
             log_probs = self.family.unflatten(params).log_softmax(-1)

@@ -11,7 +11,7 @@ from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.registry import register
 
-__all__ = ["SparseCategoricalFamily", "SparsemaxMarginalization", "sparsemax"]
+__all__ = ["SparsemaxMarginalization", "sparsemax"]
 
 
 def sparsemax(scores: Tensor) -> Tensor:
@@ -45,21 +45,6 @@ def sparsemax(scores: Tensor) -> Tensor:
     # the threshold once more, now as a differentiable function of the scores on the support
     threshold = ((scores * support).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
     return torch.where(support, scores - threshold, 0.0).clamp_min(0.0)
-
-
-class SparseCategoricalFamily(CategoricalFamily):
-    """Independent one-hot variables whose probabilities are the sparsemax of their params, not the softmax.
-
-    Off the support, log-probabilities are a large negative number instead of ``-inf``: their exponentials are 0 exactly,
-    and a KL divergence to a law with full support is finite and differentiable.
-    """
-
-    def distribution(self, params: Tensor) -> Distribution:
-        probs = sparsemax(self.unflatten(params))
-        lowest = torch.finfo(probs.dtype).min / (4 * self.latent_dim)  # a sum over latents does not overflow
-        on = probs > 0
-        log_probs = torch.where(on, torch.where(on, probs, 1.0).log(), lowest)
-        return Independent(OneHotCategorical(logits=log_probs, validate_args=False), 1, validate_args=False)
 
 
 @register("sparsemax_marginalization")
@@ -117,12 +102,25 @@ class SparsemaxMarginalization(JointLayer):
         max_outcomes: int = 4096,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, max_outcomes=max_outcomes)
-        self.family = SparseCategoricalFamily(latent_dim, num_categories)
+
+    def law(self, params: Tensor) -> Distribution:
+        """Independent one-hot variables whose probabilities are the sparsemax of params, not the softmax.
+
+        Off the support, log-probabilities are a large negative number instead of ``-inf``: their exponentials are 0
+        exactly, and a KL divergence to a law with full support is finite and differentiable.
+        """
+        probs = self._probs(params)
+        lowest = torch.finfo(probs.dtype).min / (4 * self.latent_dim)  # a sum over latents does not overflow
+        on = probs > 0
+        log_probs = torch.where(on, torch.where(on, probs, 1.0).log(), lowest)
+        return Independent(OneHotCategorical(logits=log_probs, validate_args=False), 1, validate_args=False)
+
+    def _probs(self, params: Tensor) -> Tensor:
+        assert isinstance(self.family, CategoricalFamily)
+        return sparsemax(self.family.unflatten(params))  # [*batch, latent_dim, C]
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        assert isinstance(self.family, SparseCategoricalFamily)
-        q = self.family.distribution(params)
-        probs = sparsemax(self.family.unflatten(params))
+        q, probs = self.law(params), self._probs(params)
         joint = probs[..., 0, :]
         for latent in range(1, self.latent_dim):  # at most log2(max_outcomes) steps
             joint = (joint.unsqueeze(-1) * probs[..., latent, None, :]).flatten(-2)

@@ -51,7 +51,7 @@ class SumAndSample(JointLayer):
         >>> import torch, stochastic_layers as sl
         >>> layer = sl.create("sum_and_sample", latent_dim=1, family="categorical", num_categories=16, num_exact=3)
         >>> sample = layer.sample(torch.zeros(5, 16))
-        >>> sample.z.shape, sample.weights[:, 0].tolist()
+        >>> sample.z.shape, [round(w, 4) for w in sample.weights[:, 0].tolist()]
         (torch.Size([4, 5, 16]), [0.0625, 0.0625, 0.0625, 0.8125])
     """
 
@@ -90,7 +90,7 @@ class SumAndSample(JointLayer):
         self.baseline = baseline
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         joint = self.joint_log_probs(params)  # [*batch, N]
         everything = self.num_exact + self.num_samples >= self.num_outcomes
         num_exact = self.num_outcomes if everything else self.num_exact
@@ -157,9 +157,9 @@ class UnorderedSet(JointLayer):
 
     with :math:`R(S, s)` the probability of drawing the rest of S without s, divided by that of drawing S;
     :math:`R^{\setminus s}` the same with s removed from the domain, and 1 for s' = s. Approximates the gradient of
-    E_q[f] for any f; unbiased. It is the average of the one-draw estimator over everything that the set could have come from,
-    so that no evaluation is spent on an outcome twice. Exactly zero for a constant f; exact, without variance, when k
-    is the number of outcomes. ``weights`` are q(s) R(S, s), which sum to 1 in every set.
+    E_q[f] for any f; unbiased. It is the mean of the one-draw estimator over the orders in which S could have been
+    drawn, so that no evaluation is spent on an outcome twice. Exactly zero for a constant f; exact, without variance,
+    when k is the number of outcomes. ``weights`` are q(s) R(S, s), which sum to 1 in every set.
 
     The ratios are computed over the subsets of S by a sum of positive terms, in log space. Treats the latent variables
     as one joint variable, whose log-probabilities are tabulated. The cost needs every batch dimension of params.
@@ -228,7 +228,7 @@ class UnorderedSet(JointLayer):
         self.baseline = baseline
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.family.distribution(params)
+        q = self.law(params)
         joint = self.joint_log_probs(params)  # [*batch, N]
         k = min(self.num_samples, self.num_outcomes)
         index = self._draw_set(joint.detach(), k)
