@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, OneHotCategorical
+from torch.distributions import Distribution, Independent
 
 from stochastic_layers.exact import JointLayer
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.families import CategoricalFamily, one_hot_categorical
 from stochastic_layers.layer import Sample
 from stochastic_layers.registry import register
 
@@ -113,7 +113,7 @@ class SparsemaxMarginalization(JointLayer):
         lowest = torch.finfo(probs.dtype).min / (4 * self.latent_dim)  # a sum over latents does not overflow
         on = probs > 0
         log_probs = torch.where(on, torch.where(on, probs, 1.0).log(), lowest)
-        return Independent(OneHotCategorical(logits=log_probs, validate_args=False), 1, validate_args=False)
+        return Independent(one_hot_categorical(log_probs), 1, validate_args=False)
 
     def _probs(self, params: Tensor) -> Tensor:
         assert isinstance(self.family, CategoricalFamily)
