@@ -47,7 +47,7 @@ class _FlipLayer(StochasticLayer):
         weights = weights.view(-1, *[1] * (params.dim() - 1)).expand(-1, *params.shape[:-1])
 
         def credit(cost: Tensor) -> Tensor:
-            cost = cost.detach().view(z.shape[:-1])  # [K, 1 + M, *batch]
+            cost = cost.detach().reshape(z.shape[:-1])  # [K, 1 + M, *batch]
             return (factors * (cost[:, 1:] - cost[:, :1])).sum(1).mean(0)
 
         return self._sample(q, z.flatten(0, 1), weights=weights, credit=credit)
