@@ -501,6 +501,18 @@ def test_sparse_law_is_one_law_in_distribution_weights_log_prob_and_draws():
     assert bool(((draws.mean(0) - probs).abs() <= 5 * error + 1e-6).all()) and not draws[..., probs == 0].any()
 
 
+def test_off_the_support_there_is_no_gradient():
+    layer = sl.create("sparsemax_marginalization", latent_dim=1, num_categories=4).double()
+    params = torch.tensor([[0.4, 0.0, 0.2, -2.0]], dtype=torch.float64, requires_grad=True)
+    sample = layer.sample(params)
+    cost = sample.surrogate(sample.z @ torch.tensor([1.0, -5.0, 2.0, -9.0], dtype=torch.float64))
+    kl = kl_divergence(layer.distribution(params), layer.family.standard().expand((1,)))
+    for loss in (cost, kl):
+        (gradient,) = gradients(loss, params)
+        assert gradient[0, 3] == 0 and bool((gradient[0, :3].abs() > 1e-2).all())
+        assert abs(float(gradient.sum())) < 1e-12  # so that the threshold stays where it is
+
+
 def test_kl_of_the_sparse_law_to_a_full_prior_is_finite_and_its_reverse_is_infinite():
     layer = sl.create("sparsemax_marginalization", **CATEGORIES).double()
     params = torch.tensor([[0.4, 0.0, -2.0, 0.3, 0.2, 0.1]], dtype=torch.float64)
