@@ -56,8 +56,8 @@ class SparsemaxMarginalization(JointLayer):
 
     Exact and without variance, like ``enumeration``, but for another law: ``layer.distribution(params)``, ``log_prob``
     and the draws in ``eval()`` are those of the sparse q. Its KL divergence to a prior with full support is finite; the
-    reverse one is infinite. A category that has left the support gets no gradient, and returns only through parameters that
-    its score shares with the others: start from small scores, at which the support is full.
+    reverse one is infinite. A category that has left the support gets no gradient, and returns only through
+    parameters that its score shares with the others: start from small scores, at which the support is full.
 
     S is the largest support in the batch, at most ``num_categories ** latent_dim``; where an example's support is
     smaller, its likeliest outcome fills up with weight 0. Under ``torch.compile`` S is always the maximum, because a
