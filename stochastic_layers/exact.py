@@ -32,6 +32,7 @@ class JointLayer(StochasticLayer):
         ValueError: There are more than ``max_outcomes`` outcomes.
     """
 
+    default_latent_dim = 3
     advice = "'local_expectation' (one evaluation per category) or 'reinforce' (any size)"
 
     def __init__(

@@ -134,6 +134,7 @@ class StochasticLayer(nn.Module, ABC):
     evaluations: ClassVar[int | str] = "num_samples"
     exact_draws: ClassVar[bool] = True
     reference: ClassVar[str] = ""
+    default_latent_dim: ClassVar[int] = 32  # taken by a model that is given no size
 
     def __init__(
         self,
