@@ -29,7 +29,6 @@ OBJECTIVES = {c.name: c for c in (ELBO, IWAE)}
 PRIORS = {c.name: c for c in (LearnedPrior, StandardPrior)}
 ENCODERS = {"mlp": MLPEncoder, "conv": ConvEncoder}
 DECODERS = {"mlp": MLPDecoder, "conv": ConvDecoder}
-DEFAULT_LATENT_DIM = 32
 DEFAULT_NUM_CATEGORIES = 8
 
 _T = TypeVar("_T")
@@ -58,8 +57,9 @@ def build_layer(layer: str | StochasticLayer, options: Mapping[str, Any] | None)
             )
         return layer
     options = dict(options or {})
-    parameters = inspect.signature(layer_class(layer)).parameters
-    options.setdefault("latent_dim", DEFAULT_LATENT_DIM)
+    cls = layer_class(layer)
+    parameters = inspect.signature(cls).parameters
+    options.setdefault("latent_dim", cls.default_latent_dim)
     family = options.get("family", parameters["family"].default if "family" in parameters else None)
     if isinstance(family, str) and takes_categories(family):
         options.setdefault("num_categories", DEFAULT_NUM_CATEGORIES)

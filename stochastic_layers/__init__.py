@@ -2,27 +2,37 @@
 
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
+from stochastic_layers.exact import Enumeration
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.pathwise import Gaussian
+from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
 from stochastic_layers.registry import Description, create, describe, list_layers, register
 from stochastic_layers.relaxed import GumbelSoftmax
 from stochastic_layers.score_function import Reinforce
+from stochastic_layers.sparse import SparsemaxMarginalization
 from stochastic_layers.straight_through import StraightThrough
 from stochastic_layers.surrogate import capture, surrogate
+from stochastic_layers.without_replacement import SumAndSample, UnorderedSet
 
 __all__ = [
     "Baseline",
     "ChannelsFirst",
+    "CoordinateFlip",
     "Description",
+    "Enumeration",
     "Gaussian",
     "GumbelSoftmax",
     "LearnedBaseline",
     "LeaveOneOut",
+    "LocalExpectation",
     "MovingAverage",
     "Reinforce",
     "Sample",
+    "SparsemaxMarginalization",
     "StochasticLayer",
     "StraightThrough",
+    "SumAndSample",
+    "UnorderedSet",
     "capture",
     "create",
     "describe",

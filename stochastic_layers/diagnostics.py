@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,17 +15,33 @@ __all__ = ["GradientStatistics", "gradient_statistics", "preserved"]
 
 
 @contextmanager
-def preserved(*modules: nn.Module) -> Iterator[None]:
-    """On leaving, restore the random state and every buffer of the modules: baselines, codebooks, statistics."""
-    saved = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
-    devices = {t.device.index for m in modules for t in m.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in saved:
+def preserved(*modules: nn.Module, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """On leaving, restore the random state and every buffer of the modules: baselines, codebooks, statistics.
+
+    Args:
+        *modules: Modules whose buffers are restored.
+        devices: Devices whose random state is restored besides the CPU's and those of the modules' own tensors; a layer
+            without parameters does not know on which device it draws.
+    """
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    cuda = {d.index for d in (*devices, *(t.device for t in tensors)) if d.type == "cuda" and d.index is not None}
+    with torch.random.fork_rng(devices=sorted(cuda)), _restored_buffers(*modules):
+        yield
+
+
+@contextmanager
+def _restored_buffers(*modules: nn.Module) -> Iterator[None]:
+    owners = [owner for module in modules for owner in module.modules()]
+    saved = [(m, name, b, b.detach().clone()) for m in owners for name, b in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, value in saved:
+                if not torch.equal(buffer, value):  # an untouched buffer may be part of somebody's graph: do not write
                     buffer.copy_(value)
+                if getattr(owner, name) is not buffer:
+                    setattr(owner, name, buffer)
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,8 @@ def gradient_statistics(
     """Redraw the noise of a layer at fixed params and measure its gradient estimator.
 
     The redraws of a chunk run as one batch: params are repeated along a new leading dimension. Random state, buffers
-    and gradients are left as they were, so that a run with and without the measurement is the same.
+    and gradients are left as they were, so that a run with and without the measurement is the same. Every chunk starts
+    from the layer's state as it is now: a moving average does not learn from the redraws.
 
     Args:
         layer: The layer, in training mode.
@@ -89,22 +106,25 @@ def gradient_statistics(
         context: Context ``[*batch, F]`` for a learned baseline.
 
     Raises:
-        ValueError: ``num_draws < 2``, or the layer is in evaluation mode.
+        ValueError: ``num_draws < 2``, ``chunk_size < 1``, or the layer is in evaluation mode.
     """
     if num_draws < 2:
         raise ValueError(f"needed num_draws >= 2 to measure a variance, got {num_draws}.")
+    if chunk_size < 1:
+        raise ValueError(f"needed chunk_size >= 1, got {chunk_size}.")
     if not layer.training:
         raise ValueError(
             "needed a layer in training mode, got one in eval(), which has no estimator; call layer.train()."
         )
     count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     mean, squares = mean.to(params.device), squares.to(params.device)
-    with preserved(layer), torch.enable_grad():
+    with preserved(layer, devices=[params.device]), torch.enable_grad():
         while count < num_draws:
             draws = min(chunk_size, num_draws - count)
             leaf = params.detach().expand(draws, *params.shape).clone().requires_grad_()
-            sample = layer.sample(leaf, None if context is None else context.expand(draws, *context.shape))
-            (gradient,) = torch.autograd.grad(sample.surrogate(cost_fn(sample.z)).sum(), leaf)
+            with _restored_buffers(layer):
+                sample = layer.sample(leaf, None if context is None else context.expand(draws, *context.shape))
+                (gradient,) = torch.autograd.grad(sample.surrogate(cost_fn(sample.z)).sum(), leaf)
             gradient = gradient.double()
             # Chan's update of mean and sum of squares by a whole chunk
             chunk_mean = gradient.mean(0)

@@ -100,8 +100,8 @@ class Sample:
             )
         if self.weights.dim() > 1 and len(shape) != self.weights.dim():
             raise ValueError(
-                f"needed a cost of shape {expected}, got {shape}: this layer weights its points by their probability "
-                "in each batch element, so batch dimensions cannot be summed; draw them with latent_dim instead."
+                f"needed a cost of shape {expected}, got {shape}: this layer weights or changes its points in each "
+                "batch element by itself, so that batch dimensions cannot be summed; draw them with latent_dim instead."
             )
         if self.z.requires_grad and not cost.requires_grad and torch.is_grad_enabled() and self.credit is None:
             warnings.warn(
@@ -134,6 +134,7 @@ class StochasticLayer(nn.Module, ABC):
     evaluations: ClassVar[int | str] = "num_samples"
     exact_draws: ClassVar[bool] = True
     reference: ClassVar[str] = ""
+    default_latent_dim: ClassVar[int] = 32  # taken by a model that is given no size
 
     def __init__(
         self,

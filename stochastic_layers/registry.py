@@ -35,7 +35,7 @@ class Description:
             support of q).
         evaluations: Number of points at which the cost is evaluated in one training step, a number or a formula in the
             layer's options.
-        exact_draws: Whether the training draws follow q exactly.
+        exact_draws: Whether the training draws, counted by their weights, follow q exactly.
         reference: Title (authors, year) and a link.
         summary: The first line of the class docstring.
     """

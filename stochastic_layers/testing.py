@@ -76,7 +76,7 @@ def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tenso
     if family.discrete:
         outcomes = enumerate_outcomes(layer).to(params.dtype)
         z = outcomes.view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)  # [N, *batch, out]
-        return (family.log_prob(family.distribution(params), z).exp() * cost_fn(z)).sum(0)
+        return (family.log_prob(layer.law(params), z).exp() * cost_fn(z)).sum(0)
     if family.name != "gaussian":
         raise ValueError(f"needed a discrete or the gaussian family, got {family.name!r}.")
     import numpy as np

@@ -1,0 +1,250 @@
+"""Gradient statistics against brute force, and the promise that measuring changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+import stochastic_layers as sl
+from stochastic_layers.diagnostics import GradientStatistics, gradient_statistics, preserved
+from stochastic_layers.testing import PolynomialCost, exact_value
+
+
+def default_layer(name):
+    """The layer with its defaults and two latent variables, ``None`` where it needs more than its sizes."""
+    for sizes in ({"latent_dim": 2}, {"latent_dim": 2, "num_categories": 3}):
+        try:
+            return sl.create(name, **sizes)
+        except ValueError:
+            continue
+    return None
+
+
+BUILDABLE = [name for name in sl.list_layers() if default_layer(name) is not None]
+
+
+def problem(name, seed=0):
+    layer = default_layer(name).double()
+    generator = torch.Generator().manual_seed(seed)
+    params = 0.7 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
+    return layer, params, PolynomialCost("quadratic", layer.out_features)
+
+
+def separate_passes(layer, params, cost_fn, num_draws):
+    """One backward pass per draw, each from the layer's state as it was: ``[R, B, in_features]``."""
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    gradients = []
+    for _ in range(num_draws):
+        leaf = params.clone().requires_grad_()
+        sample = layer.sample(leaf)
+        gradients.append(torch.autograd.grad(sample.surrogate(cost_fn(sample.z)).sum(), leaf)[0])
+        layer.load_state_dict(state)
+    return torch.stack(gradients)
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_statistics_agree_with_a_thousand_separate_backward_passes(name):
+    layer, params, cost_fn = problem(name)
+    statistics = gradient_statistics(layer, params, cost_fn, num_draws=20_000, chunk_size=8_000)
+    draws = separate_passes(layer, params, cost_fn, 1000)
+    assert statistics.num_draws == 20_000 and statistics.mean.shape == statistics.variance.shape == params.shape
+    rounding = 1e-9
+    error = (draws.var(0) / 1000 + statistics.variance / 20_000).sqrt() + rounding
+    assert bool(((statistics.mean - draws.mean(0)).abs() < 5 * error).all())
+    squares = (draws - draws.mean(0)).square()
+    error = (squares.var(0) * (1 / 1000 + 1 / 20_000)).sqrt() + rounding
+    assert bool(((statistics.variance - draws.var(0)).abs() < 5 * error).all())
+
+
+def planted_draws(monkeypatch, layer, seed=0):
+    """Make the layer take its draws from a fixed table, in order, however the redraws are cut into chunks."""
+    rows = torch.rand(1000, 2, layer.latent_dim, generator=torch.Generator().manual_seed(seed)).round().double()
+    taken = 0
+
+    def sample(q, num_samples):
+        nonlocal taken
+        count = q.batch_shape[0] if len(q.batch_shape) > 1 else 1
+        chunk = rows[taken : taken + count]
+        taken += count
+        return chunk.unsqueeze(0) if len(q.batch_shape) > 1 else chunk
+
+    monkeypatch.setattr(layer.family, "sample", sample)
+    return rows
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 100, 1000])
+def test_chunks_do_not_change_the_result(monkeypatch, chunk_size):
+    layer = sl.create("reinforce", latent_dim=3, baseline="none")
+    params = torch.tensor([[0.3, -0.4, 1.0], [0.0, 0.8, -2.0]], dtype=torch.float64)
+    cost_fn = PolynomialCost("asymmetric", 3)
+    rows = planted_draws(monkeypatch, layer)[:100]
+    statistics = gradient_statistics(layer, params, cost_fn, num_draws=100, chunk_size=chunk_size)
+    gradients = cost_fn(rows).detach().unsqueeze(-1) * (rows - params.sigmoid())
+    torch.testing.assert_close(statistics.mean, gradients.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(statistics.variance, gradients.var(0), rtol=1e-12, atol=1e-12)
+
+
+def test_enumeration_has_no_variance_and_the_exact_mean():
+    layer, params, cost_fn = problem("enumeration")
+    statistics = gradient_statistics(layer, params, cost_fn, num_draws=10, chunk_size=4)
+    leaf = params.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(exact_value(layer, leaf, cost_fn).sum(), leaf)
+    torch.testing.assert_close(statistics.mean, exact, rtol=1e-12, atol=1e-12)
+    assert statistics.total_variance < 1e-28 and statistics.snr > 1e12
+
+
+def test_a_coupled_draw_is_told_from_a_noisy_one():
+    _, params, cost_fn = problem("reinforce")
+    one, four = (
+        gradient_statistics(
+            sl.create("reinforce", latent_dim=2, num_samples=n, baseline="none").double(),
+            params,
+            cost_fn,
+            num_draws=20_000,
+        )
+        for n in (1, 4)
+    )
+    assert one.total_variance / four.total_variance == pytest.approx(4, rel=0.1)  # the variance of a mean of four
+    assert four.snr / one.snr == pytest.approx(2, rel=0.1)
+
+
+# ---- measuring changes nothing --------------------------------------------------------------------------------------
+
+
+def snapshot(layer, params):
+    tensors = [torch.get_rng_state(), params.grad]
+    tensors += [*layer.parameters(), *layer.buffers(), *(p.grad for p in layer.parameters())]
+    return [None if t is None else t.detach().clone() for t in tensors]
+
+
+def assert_identical(before, after):
+    for a, b in zip(before, after, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("options", [{"baseline": "moving_average"}, {"baseline": "learned"}], ids=str)
+def test_random_state_buffers_and_gradients_stay_bit_identical(options, with_gradients):
+    layer = sl.create("reinforce", latent_dim=3, **options)
+    params = torch.randn(4, 3, requires_grad=True)
+    if with_gradients:
+        sample = layer.sample(params)
+        sample.surrogate(sample.z.sum(-1)).sum().backward()
+    before = snapshot(layer, params)
+    gradient_statistics(layer, params, lambda z: z.sum(-1), num_draws=20, chunk_size=7)
+    assert_identical(before, snapshot(layer, params))
+    assert layer.training and params.requires_grad
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_every_layer_goes_on_as_if_it_had_not_been_measured(name):
+    results = []
+    for measured in (False, True):
+        layer, params, cost_fn = problem(name)
+        torch.manual_seed(5)
+        losses = []
+        for _ in range(2):
+            sample = layer.sample(params)
+            losses.append(sample.surrogate(cost_fn(sample.z)).detach())
+            if measured:
+                gradient_statistics(layer, params, cost_fn, num_draws=6, chunk_size=4)
+        results.append([*losses, *layer.buffers()])
+    assert_identical(*results)
+
+
+def test_state_is_restored_when_the_cost_raises():
+    layer = sl.create("reinforce", latent_dim=3)
+    params = torch.zeros(4, 3)
+    before = snapshot(layer, params)
+    calls = []
+
+    def fails_late(z):
+        calls.append(z)
+        if len(calls) == 2:
+            raise RuntimeError("no cost")
+        return z.sum(-1)
+
+    with pytest.raises(RuntimeError, match="no cost"):
+        gradient_statistics(layer, params, fails_late, num_draws=4, chunk_size=2)
+    assert_identical(before, snapshot(layer, params))
+
+
+class Counting(nn.Module):
+    """A baseline whose state moves with every call, and which remembers what it answered."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.answers = []
+
+    def forward(self, cost, context):
+        self.answers.append(float(self.calls))
+        self.calls += 1
+        return self.calls - 1
+
+
+def test_every_chunk_starts_from_the_same_state():
+    layer = sl.create("reinforce", latent_dim=3, baseline=Counting())
+    gradient_statistics(layer, torch.zeros(4, 3), lambda z: z.sum(-1), num_draws=10, chunk_size=3)
+    assert layer.baseline.answers == [0, 0, 0, 0] and float(layer.baseline.calls) == 0
+
+
+def test_preserved_restores_replaced_buffers_and_leaves_untouched_ones_alone():
+    module = nn.BatchNorm1d(3)
+    mean, counter = module.running_mean, module.num_batches_tracked
+    version = module.running_var._version
+    random = torch.get_rng_state()
+    with preserved(module):
+        module.running_mean = torch.rand(3)
+        module.num_batches_tracked += 4
+    assert module.running_mean is mean and not mean.any() and int(counter) == 0
+    assert module.running_var._version == version  # writing even the same values would break a graph that holds it
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_learned_baselines_receive_the_context():
+    layer = sl.create("reinforce", latent_dim=3, baseline={"name": "learned", "context_features": 5}).double()
+    params, context = torch.zeros(4, 3, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    statistics = gradient_statistics(layer, params, lambda z: z.sum(-1), num_draws=8, context=context)
+    assert statistics.mean.shape == (4, 3)
+
+
+# ---- the summaries --------------------------------------------------------------------------------------------------
+
+
+def test_summaries_are_per_example_and_free_of_the_bias_of_a_squared_mean():
+    generator = torch.Generator().manual_seed(0)
+    center, scale = torch.tensor([[1.0, 2.0], [0.0, 3.0]]).double(), torch.tensor([[1.0, 0.5], [2.0, 1.0]]).double()
+    norms, totals = [], []
+    for _ in range(2000):
+        draws = center + scale * torch.randn(8, 2, 2, generator=generator, dtype=torch.float64)
+        statistics = GradientStatistics(draws.mean(0), draws.var(0), 8)
+        norms.append(statistics.squared_norm)
+        totals.append(statistics.total_variance)
+        assert statistics.snr == pytest.approx((norms[-1] / totals[-1]) ** 0.5)
+    for values, expected in ((norms, 14 / 2), (totals, 6.25 / 2)):
+        values = torch.tensor(values)
+        assert abs(float(values.mean()) - expected) < 5 * float(values.std()) / 2000**0.5
+        assert float(values.std()) / 2000**0.5 < 0.02 * expected  # sees the bias of 6.25 / 8 / 2 of a plain square
+
+
+def test_snr_of_an_exact_gradient_is_infinite_and_of_none_is_zero():
+    zero = torch.zeros(2, 3)
+    assert GradientStatistics(torch.ones(2, 3), zero, 8).snr == float("inf")
+    assert GradientStatistics(zero, zero, 8).snr == 0
+    assert GradientStatistics(0.01 * torch.ones(2, 3), torch.ones(2, 3), 8).squared_norm == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_draws": 1}, "num_draws >= 2"), ({"chunk_size": 0}, "chunk_size >= 1")],
+    ids=str,
+)
+def test_bad_sizes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gradient_statistics(sl.create("reinforce", latent_dim=3), torch.zeros(2, 3), lambda z: z.sum(-1), **options)
+
+
+def test_a_layer_in_evaluation_mode_is_refused():
+    layer = sl.create("reinforce", latent_dim=3).eval()
+    with pytest.raises(ValueError, match=r"layer\.train\(\)"):
+        gradient_statistics(layer, torch.zeros(2, 3), lambda z: z.sum(-1))
