@@ -150,6 +150,10 @@ class ImageDataModule(LightningDataModule, ABC):
         """Batches in the order of the file."""
         return self._loader(self.test_set, self.eval_batch_size or self.batch_size)
 
+    def predict_dataloader(self) -> BatchLoader:
+        """The test batches."""
+        return self.test_dataloader()
+
     def _loader(self, images: ImageDataset, batch_size: int, shuffle: bool = False) -> BatchLoader:
         return BatchLoader(images, ShardedBatches(len(images), batch_size, shuffle=shuffle, seed=self.seed))
 
