@@ -176,7 +176,9 @@ class HardConcrete(StochasticLayer):
             raise ValueError(f"needed temperature > 0, got {temperature}; 2/3 is usual.")
         low, high = (float(end) for end in stretch)
         if not -math.inf < low < 0 < 1 < high < math.inf:
-            raise ValueError(f"needed stretch (low, high) with low < 0 and high > 1, got {stretch}; -0.1, 1.1 is usual.")
+            raise ValueError(
+                f"needed stretch (low, high) with low < 0 and high > 1, got {stretch}; -0.1, 1.1 is usual."
+            )
         self.family = HardConcreteFamily(latent_dim, None, float(temperature), (low, high))
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:

@@ -36,7 +36,7 @@ class InvertibleGaussianDistribution(Distribution):
         super().__init__(loc.shape[:-1], torch.Size((loc.shape[-1] + 1,)), validate_args=False)
 
     @property
-    def normal(self) -> Independent:
+    def normal(self) -> Distribution:
         """The law of y."""
         return Independent(Normal(self.loc, self.scale, validate_args=False), 1, validate_args=False)
 
@@ -54,15 +54,15 @@ class InvertibleGaussianDistribution(Distribution):
         y = self.temperature * (log_z[..., :-1] - log_z[..., -1:])
         size = self.loc.shape[-1]
         # det dz/dy = temperature^-(C - 1) prod_i z_i, over all C coordinates
-        result: Tensor = self.normal.log_prob(y) + size * math.log(self.temperature) - log_z.sum(-1)
-        return result
+        normal: Tensor = self.normal.log_prob(y)
+        return normal + size * math.log(self.temperature) - log_z.sum(-1)
 
     def to_simplex(self, y: Tensor) -> Tensor:
         """softmax++ of y ``[..., C - 1]`` -> ``[..., C]``."""
         return torch.nn.functional.pad(y / self.temperature, (0, 1)).softmax(-1)
 
 
-@register_kl(InvertibleGaussianDistribution, InvertibleGaussianDistribution)
+@register_kl(InvertibleGaussianDistribution, InvertibleGaussianDistribution)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl(p: InvertibleGaussianDistribution, q: InvertibleGaussianDistribution) -> Tensor:
     """Invariant under the common invertible map, hence that of the two normals."""
     if p.temperature != q.temperature:
@@ -115,7 +115,9 @@ class InvertibleGaussianFamily(Family):
         return self.distribution(torch.zeros(self.in_features))
 
     def distribution(self, params: Tensor) -> Distribution:
-        loc, log_variance = params.unflatten(-1, (2, self.latent_dim, -1)).unbind(-3)
+        assert self.num_categories is not None
+        shape = (*params.shape[:-1], 2, self.latent_dim, self.num_categories - 1)
+        loc, log_variance = params.reshape(shape).unbind(-3)
         law = InvertibleGaussianDistribution(loc, (0.5 * log_variance).exp(), self.temperature)
         return Independent(law, 1, validate_args=False)
 
@@ -128,7 +130,8 @@ class InvertibleGaussianFamily(Family):
         return q.base_dist.to_simplex(q.base_dist.loc).flatten(-2)
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
-        result: Tensor = q.log_prob(z.unflatten(-1, (self.latent_dim, -1)))
+        assert self.num_categories is not None
+        result: Tensor = q.log_prob(z.reshape(*z.shape[:-1], self.latent_dim, self.num_categories))
         return result
 
 
@@ -155,8 +158,8 @@ class InvertibleGaussian(StochasticLayer):
         ValueError: ``temperature <= 0``, or sizes that do not fit.
 
     References:
-        Invertible Gaussian Reparameterization: Revisiting the Gumbel-Softmax (Andres Potapczynski, Gabriel Loaiza-Ganem,
-        John P. Cunningham, 2019), https://arxiv.org/abs/1912.09588
+        Invertible Gaussian Reparameterization: Revisiting the Gumbel-Softmax (Andres Potapczynski, Gabriel
+        Loaiza-Ganem, John P. Cunningham, 2019), https://arxiv.org/abs/1912.09588
 
     Example:
         >>> import torch, stochastic_layers as sl

@@ -33,7 +33,7 @@ class PoissonFamily(Family):
         super().check(params, low, high)
         if high > MAX_LOG_RATE:
             raise ValueError(
-                f"needed log-rates up to {MAX_LOG_RATE:g}, got {high:.3g}, whose counts are no longer exact in float32; "
+                f"needed log-rates up to {MAX_LOG_RATE:g}, got {high:.3g}, whose counts are not exact in float32; "
                 "params are logarithms of rates: clamp them or lower the learning rate."
             )
 
@@ -153,8 +153,8 @@ class PoissonStraightThrough(StochasticLayer):
 
     Approximates :math:`\nabla_{\log \lambda} E_q[f] = \lambda E_q[f(z + 1) - f(z)]`. The weight of order k satisfies
     :math:`E[w_k(z) f'(z)] = \lambda E[f(z + 1) - f(z)]` for all polynomials of degree up to k in each count, by the
-    recursion :math:`E[z g(z)] = \lambda E[g(z + 1)]`; for other costs it is biased. The cost is evaluated at exact draws.
-    At order 3 and a low rate the rare counts above 1 have large negative weights: prefer order 2 there.
+    recursion :math:`E[z g(z)] = \lambda E[g(z + 1)]`; for other costs it is biased. Evaluated at exact draws. At
+    order 3 and a low rate the rare counts above 1 have large negative weights: prefer order 2 there.
 
     Args:
         latent_dim: Number of latent variables.

@@ -72,7 +72,7 @@ class _Sparsemax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (p,) = ctx.saved_tensors
+        p: Tensor = ctx.saved_tensors[0]
         support = (p > 0).to(grad.dtype)
         mean = (grad * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
         return support * (grad - mean)
@@ -93,7 +93,7 @@ class _Entmax15(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (p,) = ctx.saved_tensors
+        p: Tensor = ctx.saved_tensors[0]
         root = torch.where(p > 0, p, 1.0).sqrt() * (p > 0)  # twice differentiable at p = 0, unlike p.sqrt()
         mean = (grad * root).sum(-1, keepdim=True) / root.sum(-1, keepdim=True)
         return root * (grad - mean)

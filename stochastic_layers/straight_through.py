@@ -158,8 +158,8 @@ class ReinMax(TemperedLayer):
     .. math:: \nabla_l \approx \left(2 J(\tfrac12 (p_\tau + z)) - \tfrac12 J(p)\right)^\top f'(z), \qquad
         p_\tau = \mathrm{softmax}(l / \tau), \; J(p) = \mathrm{diag}(p) - p p^\top
 
-    Approximates the gradient of E_q[f]: exact for f quadratic in z at temperature 1, biased otherwise; on strongly cubic
-    costs it is no better than ``straight_through``, and its variance is about twice as large. A temperature above 1
+    Approximates the gradient of E_q[f]: exact for f quadratic in z at temperature 1, biased otherwise; on strongly
+    cubic costs it is no better than ``straight_through``, and its variance is larger. A temperature above 1
     trades bias for variance. The cost is evaluated at exact draws of q only.
 
     Args:
