@@ -54,8 +54,8 @@ class InvertibleGaussianDistribution(Distribution):
         y = self.temperature * (log_z[..., :-1] - log_z[..., -1:])
         size = self.loc.shape[-1]
         # det dz/dy = temperature^-(C - 1) prod_i z_i, over all C coordinates
-        normal: Tensor = self.normal.log_prob(y)
-        return normal + size * math.log(self.temperature) - log_z.sum(-1)
+        density = -0.5 * ((y - self.loc) / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
+        return density.sum(-1) + size * math.log(self.temperature) - log_z.sum(-1)
 
     def to_simplex(self, y: Tensor) -> Tensor:
         """softmax++ of y ``[..., C - 1]`` -> ``[..., C]``."""
@@ -131,8 +131,7 @@ class InvertibleGaussianFamily(Family):
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         assert self.num_categories is not None
-        result: Tensor = q.log_prob(z.reshape(*z.shape[:-1], self.latent_dim, self.num_categories))
-        return result
+        return super().log_prob(q, z.reshape(*z.shape[:-1], self.latent_dim, self.num_categories))
 
 
 @register("invertible_gaussian")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,8 +25,13 @@ def sparsemax(scores: Tensor) -> Tensor:
         >>> sparsemax(torch.tensor([1.0, 0.5, -3.0]))
         tensor([0.7500, 0.2500, 0.0000])
     """
-    result: Tensor = _Sparsemax.apply(scores)  # type: ignore[no-untyped-call]
-    return result
+    scores, descending, ranks = _sorted(scores)
+    cumulative = descending.cumsum(-1) - 1
+    size = (ranks * descending > cumulative).sum(-1, keepdim=True)
+    support = _above(scores, cumulative.gather(-1, size - 1) / size)
+    # once more on the support, now differentiably
+    threshold = ((scores * support).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
+    return torch.where(support > 0, scores - threshold, 0.0)
 
 
 def entmax15(scores: Tensor) -> Tensor:
@@ -48,52 +51,29 @@ def entmax15(scores: Tensor) -> Tensor:
         >>> entmax15(torch.tensor([0.0, 0.0, -3.0]))
         tensor([0.5000, 0.5000, 0.0000])
     """
-    result: Tensor = _Entmax15.apply(scores)  # type: ignore[no-untyped-call]
-    return result
+    scores, descending, ranks = _sorted(scores / 2)
+    # the threshold if the k largest were the support solves the quadratic sum_{i <= k} (x_i - t)^2 = 1
+    means = descending.cumsum(-1) / ranks
+    spreads = descending.square().cumsum(-1) / ranks - means.square()
+    candidates = means - (1 / ranks - spreads).clamp_min(0).sqrt()
+    size = (candidates <= descending).sum(-1, keepdim=True)
+    support = _above(scores, candidates.gather(-1, size - 1))
+    # once more on the support, now differentiably
+    count = support.sum(-1, keepdim=True)
+    mean = (scores * support).sum(-1, keepdim=True) / count
+    squared = (
+        1 - ((scores - mean).square() * support).sum(-1, keepdim=True)
+    ) / count  # > 0: the mean is in the support
+    return (scores - mean + squared.sqrt()).square() * support
 
 
-def _sorted(scores: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores below their maximum, cut at -width (they have p = 0 there); the same, descending; and 1 .. C."""
-    scores = (scores - scores.amax(-1, keepdim=True)).clamp_min(-width)
+def _sorted(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores below their maximum, cut at -1 where p = 0 for sure; the same, descending, a constant; and 1 .. C."""
+    scores = (scores - scores.detach().amax(-1, keepdim=True)).clamp_min(-1)
     ranks = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype, device=scores.device)
-    return scores, scores.sort(-1, descending=True).values, ranks
+    return scores, scores.detach().sort(-1, descending=True).values, ranks
 
 
-class _Sparsemax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        scores, descending, ranks = _sorted(scores, 1.0)
-        cumulative = descending.cumsum(-1) - 1
-        size = (ranks * descending > cumulative).sum(-1, keepdim=True)  # of the support
-        threshold = cumulative.gather(-1, size - 1) / size
-        p = (scores - threshold).clamp_min(0)
-        ctx.save_for_backward(p)
-        return p
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        p: Tensor = ctx.saved_tensors[0]
-        support = (p > 0).to(grad.dtype)
-        mean = (grad * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
-        return support * (grad - mean)
-
-
-class _Entmax15(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        scores, descending, ranks = _sorted(scores / 2, 1.0)
-        # the threshold if the k largest were the support solves the quadratic sum_{i <= k} (x_i - t)^2 = 1
-        mean = descending.cumsum(-1) / ranks
-        spread = descending.square().cumsum(-1) / ranks - mean.square()
-        candidates = mean - (1 / ranks - spread).clamp_min(0).sqrt()
-        size = (candidates <= descending).sum(-1, keepdim=True)
-        p = (scores - candidates.gather(-1, size - 1)).clamp_min(0).square()
-        ctx.save_for_backward(p)
-        return p
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        p: Tensor = ctx.saved_tensors[0]
-        root = torch.where(p > 0, p, 1.0).sqrt() * (p > 0)  # twice differentiable at p = 0, unlike p.sqrt()
-        mean = (grad * root).sum(-1, keepdim=True) / root.sum(-1, keepdim=True)
-        return root * (grad - mean)
+def _above(scores: Tensor, threshold: Tensor) -> Tensor:
+    """1 for scores above the threshold by more than rounding errors, else 0."""
+    return (scores.detach() > threshold + 8 * torch.finfo(scores.dtype).eps).to(scores.dtype)
