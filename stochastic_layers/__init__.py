@@ -3,14 +3,18 @@
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
 from stochastic_layers.exact import Enumeration
+from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
+from stochastic_layers.hard_concrete import HardConcrete
+from stochastic_layers.invertible_gaussian import InvertibleGaussian
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.pathwise import Gaussian
+from stochastic_layers.poisson import Poisson, PoissonStraightThrough
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
 from stochastic_layers.registry import Description, create, describe, list_layers, register
-from stochastic_layers.relaxed import GumbelSoftmax
+from stochastic_layers.relaxed import EntmaxGumbel, GumbelSoftmax
 from stochastic_layers.score_function import Reinforce
 from stochastic_layers.sparse import SparsemaxMarginalization
-from stochastic_layers.straight_through import StraightThrough
+from stochastic_layers.straight_through import DecoupledStraightThrough, ReinMax, StraightThrough
 from stochastic_layers.surrogate import capture, surrogate
 from stochastic_layers.without_replacement import SumAndSample, UnorderedSet
 
@@ -18,19 +22,29 @@ __all__ = [
     "Baseline",
     "ChannelsFirst",
     "CoordinateFlip",
+    "DecoupledStraightThrough",
     "Description",
+    "EntmaxGumbel",
     "Enumeration",
+    "GappedStraightThrough",
     "Gaussian",
+    "GumbelRao",
     "GumbelSoftmax",
+    "HardConcrete",
+    "InvertibleGaussian",
     "LearnedBaseline",
     "LeaveOneOut",
     "LocalExpectation",
     "MovingAverage",
+    "Poisson",
+    "PoissonStraightThrough",
+    "ReinMax",
     "Reinforce",
     "Sample",
     "SparsemaxMarginalization",
     "StochasticLayer",
     "StraightThrough",
+    "StraightThroughGumbel",
     "SumAndSample",
     "UnorderedSet",
     "capture",

@@ -9,10 +9,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent
 
+from stochastic_layers.invertible_gaussian import InvertibleGaussianDistribution, InvertibleGaussianFamily
 from stochastic_layers.layer import StochasticLayer
 
-__all__ = ["COSTS", "Moments", "PolynomialCost", "check_mean", "enumerate_outcomes", "exact_value", "measure"]
+__all__ = [
+    "COSTS",
+    "Moments",
+    "PolynomialCost",
+    "check_law",
+    "check_mean",
+    "enumerate_outcomes",
+    "exact_value",
+    "measure",
+]
 
 COSTS = ("constant", "linear", "quadratic", "cubic", "asymmetric")
 
@@ -57,8 +68,8 @@ class PolynomialCost(nn.Module):
 def enumerate_outcomes(layer: StochasticLayer) -> Tensor:
     """Every outcome of a discrete layer's z: ``[N, out_features]``."""
     family = layer.family
-    if not family.discrete:
-        raise ValueError(f"needed a discrete family, got {family.name!r}.")
+    if family.name not in ("bernoulli", "categorical"):
+        raise ValueError(f"needed a family with finitely many outcomes, got {family.name!r}.")
     if family.num_categories is None:
         return torch.tensor(list(itertools.product((0.0, 1.0), repeat=family.latent_dim)), dtype=torch.float64)
     eye = torch.eye(family.num_categories, dtype=torch.float64)
@@ -68,27 +79,52 @@ def enumerate_outcomes(layer: StochasticLayer) -> Tensor:
 def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tensor], Tensor]) -> Tensor:
     """E_q[cost] ``[*batch]``, exact and differentiable: its autograd gradient is what an unbiased layer estimates.
 
-    Discrete families are summed over all outcomes; the Gaussian family is integrated by Gauss-Hermite quadrature, which
-    is exact for the polynomial costs.
+    Families with finitely many outcomes are summed over them. The others are summed over the product of a rule for each
+    coordinate, of which the Gaussian's is exact for the polynomial costs and the others' are to rounding error.
     """
     family = layer.family
     batch = params.shape[:-1]
-    if family.discrete:
+    if family.name in ("bernoulli", "categorical"):
         outcomes = enumerate_outcomes(layer).to(params.dtype)
         z = outcomes.view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)  # [N, *batch, out]
         return (family.log_prob(layer.law(params), z).exp() * cost_fn(z)).sum(0)
-    if family.name != "gaussian":
-        raise ValueError(f"needed a discrete or the gaussian family, got {family.name!r}.")
+    nodes, weights = _rule(layer, params)  # [n, *batch, D]
+    index = torch.cartesian_prod(*[torch.arange(nodes.shape[0])] * nodes.shape[-1]).view(-1, nodes.shape[-1])
+    index = index.view(-1, *[1] * len(batch), nodes.shape[-1]).expand(-1, *batch, -1)  # [n^D, *batch, D]
+    z = nodes.gather(0, index)
+    if isinstance(family, InvertibleGaussianFamily):
+        law = layer.distribution(params)
+        assert isinstance(law, Independent) and isinstance(law.base_dist, InvertibleGaussianDistribution)
+        z = law.base_dist.to_simplex(z.reshape(*z.shape[:-1], family.latent_dim, -1)).flatten(-2)
+    return (weights.gather(0, index).prod(-1) * cost_fn(z)).sum(0)
+
+
+def _rule(layer: StochasticLayer, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights ``[n, *batch, D]`` that integrate over each coordinate, differentiable in params."""
     import numpy as np
 
-    nodes, node_weights = (torch.from_numpy(a).to(params.dtype) for a in np.polynomial.hermite_e.hermegauss(6))
-    grid = torch.cartesian_prod(*[nodes] * family.latent_dim).view(-1, family.latent_dim)
-    weights = torch.cartesian_prod(*[node_weights] * family.latent_dim).view(-1, family.latent_dim).prod(-1)
-    weights = weights / math.sqrt(2 * math.pi) ** family.latent_dim
-    loc, log_variance = params.chunk(2, -1)
-    shape = (-1, *[1] * len(batch))
-    z = loc + (0.5 * log_variance).exp() * grid.view(*shape, family.latent_dim)
-    return (weights.view(shape) * cost_fn(z)).sum(0)
+    family, q = layer.family, layer.distribution(params)
+    column = (-1, *[1] * params.dim())
+    if family.name in ("gaussian", "invertible_gaussian"):  # Gauss-Hermite
+        points = np.polynomial.hermite_e.hermegauss(6 if family.name == "gaussian" else 40)
+        x, w = (torch.from_numpy(a).to(params.dtype).view(column) for a in points)
+        loc, log_variance = params.chunk(2, -1)
+        nodes = loc + (0.5 * log_variance).exp() * x
+        return nodes, (w / w.sum()).expand_as(nodes)
+    if family.name == "poisson":
+        highest = float(q.mean.detach().max())
+        counts = torch.arange(int(highest + 12 * math.sqrt(highest) + 25), dtype=params.dtype)
+        nodes = counts.view(column).expand(-1, *params.shape)
+        assert isinstance(q, Independent)
+        return nodes, q.base_dist.log_prob(nodes).exp()
+    if family.name == "hard_concrete":  # the atoms, and Gauss-Legendre in z between them
+        assert isinstance(q, Independent)
+        x, w = (torch.from_numpy(a).to(params.dtype) for a in np.polynomial.legendre.leggauss(60))
+        nodes = torch.cat([torch.zeros(1), 0.5 + 0.5 * x, torch.ones(1)]).to(params.dtype)
+        nodes = nodes.view(column).expand(-1, *params.shape)
+        weights = torch.cat([torch.ones(1), 0.5 * w, torch.ones(1)]).to(params.dtype).view(column)
+        return nodes, weights * q.base_dist.log_prob(nodes).exp()
+    raise ValueError(f"needed a family whose expectations can be computed, got {family.name!r}.")
 
 
 @dataclass(frozen=True)
@@ -221,3 +257,32 @@ def check_mean(
         f"(relative difference {result.relative_bias:.3g}): got {result.mean.tolist()}, exact {result.exact.tolist()}"
     )
     return result
+
+
+def check_law(layer: StochasticLayer, params: Tensor, *, num_draws: int = 50_000, false_alarm: float = 1e-6) -> None:
+    """Assert by a chi-square test that the draws z of a layer follow q, jointly over its latent variables.
+
+    Args:
+        layer: A layer of a family with finitely many outcomes, in training or evaluation mode.
+        params: ``[in_features]``, of one law.
+        num_draws: Number of draws.
+        false_alarm: Probability that the test fails although the draws follow q.
+
+    Raises:
+        AssertionError: z is no outcome of the family, or the frequencies are off.
+    """
+    outcomes = enumerate_outcomes(layer)
+    with torch.no_grad():
+        z = layer.sample(params.expand(num_draws, -1)).z[0].to(outcomes.dtype)  # coupled layers: one point
+        probs = layer.family.log_prob(layer.distribution(params.to(outcomes.dtype)), outcomes).exp()
+    matches = torch.cdist(z, outcomes, p=1) == 0  # [draws, outcomes]
+    assert bool(matches.any(-1).all()), f"{layer}: some draws are no outcome of {layer.family.name!r}"
+    counts, expected = matches.sum(0).to(probs.dtype), probs * z.shape[0]
+    rare = expected < 5  # pooled, as the chi-square law is an approximation for large counts
+    counts = torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)])
+    expected = torch.cat([expected[~rare], expected[rare].sum(0, keepdim=True)])
+    assert bool((counts[expected == 0] == 0).all()), f"{layer}: drew an outcome of probability zero"
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected).square() / expected).sum()
+    p_value = float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=probs.dtype), statistic / 2))
+    assert p_value > false_alarm, f"{layer}: the draws do not follow q, p = {p_value:.2g}: {counts} against {expected}"
