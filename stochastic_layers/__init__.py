@@ -2,6 +2,8 @@
 
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
+from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
+from stochastic_layers.coupled_categorical import ARSM, CARMS
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.pathwise import Gaussian
 from stochastic_layers.registry import Description, create, describe, list_layers, register
@@ -11,9 +13,15 @@ from stochastic_layers.straight_through import StraightThrough
 from stochastic_layers.surrogate import capture, surrogate
 
 __all__ = [
+    "ARM",
+    "ARMS",
+    "ARSM",
+    "CARMS",
     "Baseline",
     "ChannelsFirst",
     "Description",
+    "DisARM",
+    "DisARMTree",
     "Gaussian",
     "GumbelSoftmax",
     "LearnedBaseline",
