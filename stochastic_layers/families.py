@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, OneHotCategorical
 
 from stochastic_layers.registry import nearest
 
@@ -20,6 +20,7 @@ __all__ = [
     "GaussianFamily",
     "create_family",
     "draw_categorical",
+    "one_hot_categorical",
     "register_family",
     "takes_categories",
 ]
@@ -49,6 +50,20 @@ def _base(q: Distribution) -> Any:
     """The law of one variable under ``Independent``."""
     assert isinstance(q, Independent)
     return q.base_dist
+
+
+def one_hot_categorical(logits: Tensor) -> OneHotCategorical:
+    """``OneHotCategorical(logits=logits)`` without torch's validation, which its inner law would otherwise still do.
+
+    The validation costs a synchronisation with the device, fails on an empty batch, and has been done on params.
+
+    Args:
+        logits: ``[*batch, C]``, finite.
+    """
+    q = OneHotCategorical.__new__(OneHotCategorical)
+    q._categorical = Categorical(logits=logits, validate_args=False)
+    Distribution.__init__(q, logits.shape[:-1], logits.shape[-1:], validate_args=False)
+    return q
 
 
 class Family(ABC):
@@ -108,7 +123,7 @@ class Family(ABC):
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         """log q(z) ``[S, *batch]`` of z ``[S, *batch, out_features]``."""
-        result: Tensor = q.log_prob(z)
+        result: Tensor = _base(q).log_prob(z).sum(-1)  # Independent.log_prob itself fails on an empty batch
         return result
 
     def check(self, params: Tensor, low: float, high: float) -> None:
@@ -227,9 +242,7 @@ class CategoricalFamily(Family):
         return self.distribution(torch.zeros(self.in_features))
 
     def distribution(self, params: Tensor) -> Distribution:
-        return Independent(
-            OneHotCategorical(logits=self.unflatten(params), validate_args=False), 1, validate_args=False
-        )
+        return Independent(one_hot_categorical(self.unflatten(params)), 1, validate_args=False)
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return draw_categorical(_base(q).logits.detach().exp(), num_samples).flatten(-2)
