@@ -1,4 +1,4 @@
-"""Binary codes of a categorical variable: its logits as those of independent bits, and bits back to a one-hot vector."""
+"""Binary codes of a categorical variable: its logits as those of bits, and bits back to a one-hot vector."""
 
 from __future__ import annotations
 

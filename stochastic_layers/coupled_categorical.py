@@ -182,14 +182,15 @@ class ARSM(StochasticLayer):
 
         def credit(cost: Tensor) -> Tensor:
             cost = cost.detach()
-            cost = cost.unflatten(0, (-1, repeats))
+            cost = cost.reshape(cost.shape[0] // repeats, repeats, *cost.shape[1:])
             cost = cost - cost[:1]  # so that a constant cost is exactly zero below, whatever its rounding
             advantage = cost[self.point]  # [C, C, R, *lead]
             advantage = (advantage - advantage.mean(0)).movedim((1, 0), (-2, -1))  # [R, *lead, C (of j), C (of c)]
             lead = advantage.dim() - 2
             ones = [1] * (pull.dim() - 1 - lead)  # batch dimensions that the cost has summed, and the latents
             advantage = advantage.reshape(*advantage.shape[:lead], *ones, size, size)
-            gradient = (pull.unsqueeze(-2) @ advantage).squeeze(-2)  # [R, *batch, L, C]
+            dtype = torch.promote_types(pull.dtype, advantage.dtype)
+            gradient = (pull.unsqueeze(-2).to(dtype) @ advantage.to(dtype)).squeeze(-2)  # [R, *batch, L, C]
             return sum_rightmost(gradient * logits, lead).mean(0)
 
         return self._sample(self.law(params), z, credit=credit)
