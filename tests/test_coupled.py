@@ -392,9 +392,7 @@ def test_any_batch_shape_and_costs_that_sum_event_dimensions(name, options, shap
         torch.testing.assert_close(summed, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [CASES[k] for k in (0, 1, 4, 5, 8, 10, 13)], ids=str
-)
+@pytest.mark.parametrize(("name", "options"), [CASES[k] for k in (0, 1, 4, 5, 8, 10, 13)], ids=str)
 def test_compiles_into_one_graph(name, options):
     layer = sl.create(name, **options)
     cost_fn = PolynomialCost("cubic", layer.out_features).float()
