@@ -40,8 +40,8 @@ def surrogate(cost: Tensor, samples: Sequence[Sample]) -> Tensor:
     Two arrangements are understood, and their combinations. *Nested*: a later layer was computed from an earlier one's
     draws, so its batch shape begins with the earlier one's S. *Parallel*: layers were drawn side by side from the same
     batch, draw k of one together with draw k of the others (or one draw of one with every draw of another). Nested
-    layers are reduced from the deepest outwards: the surrogate of layer l is the cost of layer l - 1, so that each layer
-    is credited with the expected cost of what it caused, :math:`E[f \mid z_1 \dots z_l]`.
+    layers are reduced from the deepest outwards: the surrogate of layer l is the cost of layer l - 1, so that each
+    layer is credited with the expected cost of what it caused, :math:`E[f \mid z_1 \dots z_l]`.
 
     Args:
         cost: One value per draw of every layer and per example, ``[S_L, ..., S_1, *leading batch]``, where the S of
@@ -97,7 +97,7 @@ def _fits(sample: Sample, cost: Tensor) -> bool:
 
 
 def _beside(sample: Sample, other: Sample, cost: Tensor) -> bool:
-    """Whether draw k of the other belongs to draw k of the sample, rather than the sample to every draw of the other."""
+    """Whether draw k of one belongs to draw k of the other, rather than the sample being drawn from the other's."""
     if _size(other) != _size(sample) or not _fits(other, cost):
         return False
     outer = [_size(other), *_batch(other)]
