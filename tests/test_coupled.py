@@ -34,13 +34,6 @@ BITS = torch.tensor([-2.5, -0.4, 0.0, 0.7, 1.5])
 FALSE_ALARM = 1e-6  # of each chi-square test
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(20)
-        yield
-
-
 def build(name, options):
     layer = sl.create(name, **options).double()
     generator = torch.Generator().manual_seed(1)

@@ -13,13 +13,6 @@ SIZE = 2  # bits of each layer
 OUTCOMES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=SIZE)), dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(30)
-        yield
-
-
 def bits(name, **options):
     return sl.create(name, latent_dim=SIZE, **options).double()
 
