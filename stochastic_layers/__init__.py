@@ -2,6 +2,8 @@
 
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
+from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
+from stochastic_layers.coupled_categorical import ARSM, CARMS
 from stochastic_layers.exact import Enumeration
 from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
 from stochastic_layers.hard_concrete import HardConcrete
@@ -19,11 +21,17 @@ from stochastic_layers.surrogate import capture, surrogate
 from stochastic_layers.without_replacement import SumAndSample, UnorderedSet
 
 __all__ = [
+    "ARM",
+    "ARMS",
+    "ARSM",
+    "CARMS",
     "Baseline",
     "ChannelsFirst",
     "CoordinateFlip",
     "DecoupledStraightThrough",
     "Description",
+    "DisARM",
+    "DisARMTree",
     "EntmaxGumbel",
     "Enumeration",
     "GappedStraightThrough",
