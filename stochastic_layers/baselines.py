@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stochastic_layers.registry import nearest
 
-__all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "create_baseline"]
+__all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "create_baseline"]
 
 
 class Baseline(nn.Module):
@@ -51,14 +51,15 @@ class LeaveOneOut(Baseline):
         return (cost.sum(0, keepdim=True) - cost) / (cost.shape[0] - 1)
 
 
-class MovingAverage(Baseline):
-    """A running mean of the cost over steps, as it stood before the current step.
+class RunningMean(nn.Module):
+    """A running mean of some statistics over steps, agreed by all ranks.
 
     The mean is a weighted sum over past steps divided by the sum of the weights, so that it has no start-up bias. Under
-    ``torch.distributed`` the cost is summed over all ranks before the update, and the ranks agree.
+    ``torch.distributed`` the statistics are summed over all ranks before the update, and the ranks agree.
 
     Args:
         decay: Weight of the past at each step, in [0, 1).
+        size: Number n of statistics.
 
     Raises:
         ValueError: ``decay`` is out of range.
@@ -67,32 +68,53 @@ class MovingAverage(Baseline):
     total: Tensor
     weight: Tensor
 
-    def __init__(self, decay: float = 0.99) -> None:
+    def __init__(self, decay: float = 0.99, size: int = 1) -> None:
         super().__init__()
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"needed 0 <= decay < 1, got {decay}.")
         self.decay = decay
-        self.register_buffer("total", torch.zeros(1))
+        self.register_buffer("total", torch.zeros(size))
         self.register_buffer("weight", torch.zeros(1))
 
-    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
-        baseline = self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)  # 0 before the first step
-        if self.training and torch.is_grad_enabled():
-            self._update(cost)
-        return baseline
+    @property
+    def value(self) -> Tensor:
+        """The mean ``[n]``; 0 before the first step."""
+        return self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
 
     @torch.no_grad()
-    def _update(self, cost: Tensor) -> None:
-        moments = torch.stack([cost.sum(), cost.new_tensor(float(cost.numel()))])
+    def update(self, values: Tensor) -> None:
+        """Count one step of ``values`` ``[*any, n]``; evaluation mode and ``no_grad`` probes do not come here."""
+        rows = values.reshape(-1, self.total.shape[0])
+        moments = torch.cat([rows.sum(0), rows.new_full((1,), rows.shape[0])])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
-        seen = (moments[1] > 0).to(self.weight.dtype)  # an empty batch changes nothing
+        seen = (moments[-1] > 0).to(self.weight.dtype)  # an empty batch changes nothing
         rate = (1 - self.decay) * seen
-        self.total.mul_(1 - rate).add_(rate * moments[0] / moments[1].clamp_min(1))
+        self.total.mul_(1 - rate).add_(rate * moments[:-1] / moments[-1].clamp_min(1))
         self.weight.mul_(1 - rate).add_(rate)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}"
+
+
+class MovingAverage(RunningMean, Baseline):
+    """A running mean of the cost over steps, as it stood before the current step (see :class:`RunningMean`).
+
+    Args:
+        decay: Weight of the past at each step, in [0, 1).
+
+    Raises:
+        ValueError: ``decay`` is out of range.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__(decay)
+
+    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        baseline = self.value
+        if self.training and torch.is_grad_enabled():
+            self.update(cost)
+        return baseline
 
 
 class LearnedBaseline(Baseline):
