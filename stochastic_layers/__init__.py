@@ -2,12 +2,16 @@
 
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
+from stochastic_layers.control_variates import NVIL, LeaveOneOutReinforce, MuProp
+from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.pathwise import Gaussian
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
+from stochastic_layers.rebar import Rebar, Relax
 from stochastic_layers.registry import Description, create, describe, list_layers, register
 from stochastic_layers.relaxed import GumbelSoftmax
+from stochastic_layers.rodeo import Rodeo
 from stochastic_layers.score_function import Reinforce
 from stochastic_layers.sparse import SparsemaxMarginalization
 from stochastic_layers.straight_through import StraightThrough
@@ -19,14 +23,21 @@ __all__ = [
     "ChannelsFirst",
     "CoordinateFlip",
     "Description",
+    "DoubleControlVariate",
     "Enumeration",
     "Gaussian",
     "GumbelSoftmax",
     "LearnedBaseline",
     "LeaveOneOut",
+    "LeaveOneOutReinforce",
     "LocalExpectation",
     "MovingAverage",
+    "MuProp",
+    "NVIL",
+    "Rebar",
     "Reinforce",
+    "Relax",
+    "Rodeo",
     "Sample",
     "SparsemaxMarginalization",
     "StochasticLayer",
