@@ -113,7 +113,7 @@ class RelativeVariance(RunningMean):
         values = energy.detach()
         own = values.mean() if values.numel() else values.new_zeros(())
         scale = torch.maximum(self.value, 0.01 * own)  # one outlier counts at most a hundredfold
-        scale = torch.where(self.weight > 0, scale, own).clamp_min(torch.finfo(values.dtype).tiny)
+        scale = torch.where(self.weight > 0, scale, own).clamp_min(torch.finfo(values.dtype).tiny).squeeze(0)
         if self.training and torch.is_grad_enabled():
             self.update(values.unsqueeze(-1))
         return energy / scale

@@ -39,8 +39,8 @@ class Rodeo(StochasticLayer):
     :math:`\alpha` and :math:`\beta` are the coefficients of least variance by running moments (see
     :class:`~stochastic_layers.double_cv.OptimalCoefficients`); the network receives the gradient of the estimator's
     squared norm relative to its running mean, averaged as the loss is, and nothing else does. A constant cost gives a
-    zero gradient once the running mean is that constant, and at every step in the mean. Where the cost does not depend
-    on z through autograd it is leave-one-out REINFORCE. To compile with ``fullgraph=True``, set
+    zero gradient, since its coefficients are zero. Where the cost does not depend on z through autograd it is
+    leave-one-out REINFORCE. To compile with ``fullgraph=True``, set
     ``torch._dynamo.config.trace_autograd_ops = True``.
 
     Memory: the slope gives the surrogate at all neighbours at once, so that nothing of size latent_dim squared is
