@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from stochastic_layers.registry import nearest
 __all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "create_baseline"]
 
 
-class Baseline(nn.Module):
+class Baseline(nn.Module, ABC):
     """Base of baselines; any ``nn.Module`` with the same :meth:`forward` will do.
 
     A baseline must not depend on the draw that it is subtracted from: its value for draw k may use the context and the
@@ -24,6 +25,7 @@ class Baseline(nn.Module):
 
     min_samples: int = 1
 
+    @abstractmethod
     def forward(self, cost: Tensor, context: Tensor) -> Tensor:
         """The prediction of the cost.
 
@@ -34,7 +36,6 @@ class Baseline(nn.Module):
         Returns:
             A tensor that broadcasts to the shape of the cost.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define forward(cost, context)")
 
 
 class LeaveOneOut(Baseline):
@@ -172,6 +173,11 @@ def create_baseline(
     """
     if baseline is None or isinstance(baseline, nn.Module):
         module = baseline
+    elif not isinstance(baseline, (str, Mapping)):
+        raise ValueError(
+            f"needed the name of a baseline, a mapping or a module, got {baseline!r}; "
+            f"{nearest(str(baseline), _BASELINES)}"
+        )
     else:
         options: dict[str, Any] = {"name": baseline} if isinstance(baseline, str) else dict(baseline)
         name = options.pop("name", None)

@@ -107,7 +107,7 @@ def test_summed_batch_dimensions_are_one_vector_of_latents(name, options):
     (draws,) = torch.autograd.grad(sample.surrogate(value).sum(), leaf)
     exact = _exact_of_two_positions(layer, params, cost)
     error = draws.std(0) / len(draws) ** 0.5
-    assert float((error.norm() / exact.norm())) < 0.05
+    assert float(error.norm() / exact.norm()) < 0.05
     assert float(((draws.mean(0) - exact) / (error + 1e-12)).abs().max()) < 5
 
 
@@ -393,3 +393,90 @@ def test_a_single_draw_is_refused(name):
 def test_bad_options_are_refused(name, options):
     with pytest.raises(ValueError, match=r"needed|supports"):
         sl.create(name, latent_dim=3, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch is too old for it")
+@pytest.mark.parametrize(("name", "options"), [*MAIN, ("rebar", CATEGORIES), ("double_cv", CATEGORIES)], ids=str)
+def test_compiles_to_one_graph_with_the_gradients_of_eager_mode(name, options):
+    layer, params = build(name, options)
+    cost = PolynomialCost("asymmetric", layer.out_features)
+
+    def loss(leaf):
+        sample = layer.sample(leaf)
+        return sample.surrogate(cost(sample.z)).mean()
+
+    torch._dynamo.reset()
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    found = []
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        for each in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss):
+            layer.load_state_dict(state)
+            for _ in range(2):  # the second step has running means
+                torch.manual_seed(1)
+                leaf = params.clone().requires_grad_()
+                layer.zero_grad()
+                cost.zero_grad()
+                each(leaf).backward()
+            own = [torch.zeros(1) if p.grad is None else p.grad for p in layer.parameters()]
+            found.append([leaf.grad, cost.theta.grad, *own, *(b.clone() for b in layer.buffers())])
+    assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))
+
+
+def _on_one_rank(rank, port, results):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, options in LEARNED[:1] + [
+        ("double_cv", BITS),
+        ("nvil", {**BITS, **UNSCALED}),
+        ("rodeo", {**BITS, **SMALL}),
+    ]:
+        torch.manual_seed(0)
+        layer, _ = build(name, options)
+        model = Model(layer)
+        wrapped = torch.nn.parallel.DistributedDataParallel(Wrapped(model), broadcast_buffers=False)
+        torch.manual_seed(rank)  # other data and other noise
+        for _ in range(3):
+            wrapped.zero_grad()
+            wrapped(torch.randn(4, 5, dtype=torch.float64)).backward()
+        results[rank, name] = (
+            {n: p.grad.tolist() for n, p in model.named_parameters()},
+            {n: b.tolist() for n, b in layer.named_buffers()},
+        )
+    dist.destroy_process_group()
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.loss(x).mean()
+
+
+@pytest.mark.ddp
+def test_ranks_agree_on_gradients_and_statistics():
+    """Two processes with different data and noise: everything that is learned or remembered is the same on both."""
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_on_one_rank, (port, results), nprocs=2)
+        found = dict(results)
+    names = {name for _, name in found}
+    assert len(names) == 4
+    for name in names:
+        assert found[0, name] == found[1, name], name
+        gradients_of_rank, buffers = found[0, name]
+        assert all(any(v != 0 for v in torch.tensor(g).flatten().tolist()) for g in gradients_of_rank.values()) or (
+            name == "rodeo"  # whose network has a zero last layer at the start
+        )
+        assert any(torch.tensor(b).abs().sum() > 0 for b in buffers.values())
