@@ -1,4 +1,4 @@
-"""Control variates from the cost and its slope: leave-one-out, NVIL and MuProp, and what their relatives share."""
+"""Control variates: NVIL and MuProp, and what their relatives share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from stochastic_layers.baselines import RunningMean, create_baseline
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
-from stochastic_layers.score_function import Reinforce
 
-__all__ = ["NVIL", "CostMoments", "LeaveOneOutReinforce", "MuProp", "RelativeVariance"]
+__all__ = ["NVIL", "CostMoments", "MuProp", "RelativeVariance"]
 
 
 def mean_point(family: Family, params: Tensor) -> Tensor:
@@ -117,51 +116,6 @@ class RelativeVariance(RunningMean):
         if self.training and torch.is_grad_enabled():
             self.update(values.unsqueeze(-1))
         return energy / scale
-
-
-@register("leave_one_out")
-class LeaveOneOutReinforce(Reinforce):
-    r"""Leave-one-out REINFORCE, known as RLOO and as VarGrad: each draw's baseline is the mean cost of the others.
-
-    .. math:: \nabla E_q[f(z)] \approx \frac1{S-1} \sum_k (f(z_k) - \bar f) \nabla \log q(z_k)
-
-    Approximates the gradient of E_q[f] for any f. Unbiased. The preset ``reinforce`` with
-    ``baseline="leave_one_out"``; a constant cost gives a zero gradient.
-
-    Args:
-        latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"gaussian"``.
-        num_categories: Number of categories of a categorical variable.
-        num_samples: Number S of draws per example, at least 2.
-
-    Raises:
-        ValueError: ``num_samples < 2``.
-
-    References:
-        Buy 4 REINFORCE Samples, Get a Baseline for Free! (Wouter Kool, Herke van Hoof, Max Welling, 2019),
-        https://openreview.net/forum?id=r1lgTGL5DE
-
-    Example:
-        >>> import torch, stochastic_layers as sl
-        >>> sl.create("leave_one_out", latent_dim=3).sample(torch.zeros(5, 3)).z.shape
-        torch.Size([2, 5, 3])
-    """
-
-    reference = (
-        "Buy 4 REINFORCE Samples, Get a Baseline for Free! (Kool, van Hoof and Welling, 2019). "
-        "https://openreview.net/forum?id=r1lgTGL5DE"
-    )
-
-    def __init__(
-        self, latent_dim: int, *, family: str = "bernoulli", num_categories: int | None = None, num_samples: int = 2
-    ) -> None:
-        super().__init__(
-            latent_dim,
-            family=family,
-            num_categories=num_categories,
-            num_samples=num_samples,
-            baseline="leave_one_out",
-        )
 
 
 @register("nvil")

@@ -33,9 +33,8 @@ def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Te
         num_samples: Number S of draws.
 
     Returns:
-        The hard draws ``[S, *batch, features]``; the perturbed logits ``[2, S, *batch, features]`` of which they are
-        the sign or argmax, first with their own noise, then with noise drawn anew given the hard draw; the derivative
-        ``[S, *batch, features]`` of the latter with respect to the (log-softmax of the) logits.
+        Hard draws ``[S, *batch, features]``; perturbed logits ``[2, S, *batch, features]`` of which they are the sign
+        or argmax, with their own noise and with noise drawn anew; the derivative of the latter by (log-softmax) logits.
     """
     params = params.detach()
     noise = torch.empty(2, num_samples, *params.shape, dtype=params.dtype, device=params.device)
@@ -175,10 +174,8 @@ class Rebar(TemperedLayer):
             if not tuned:
                 return term
             own = [t for t in (tau, eta) if t.requires_grad]
-            objective = self.variance(estimate).sum()
-            at_points, *at_own = torch.autograd.grad(objective, [points, *own], retain_graph=True)
-            through_tau = (at_points[draws:] * relaxed).sum((0, -1))  # [*batch]
-            term = term + sum_rightmost(through_tau, ndim - 1)
+            at_points, *at_own = torch.autograd.grad(self.variance(estimate).sum(), [points, *own], retain_graph=True)
+            term = term + sum_rightmost((at_points[draws:] * relaxed).sum((0, -1)), ndim - 1)  # by y, through tau
             for value, slope_of in zip(own, at_own, strict=True):
                 term = term + (value * slope_of).sum(-1)
             return term
