@@ -476,3 +476,37 @@ def test_ranks_agree_on_gradients_and_statistics():
             name == "rodeo"  # whose network has a zero last layer at the start
         )
         assert any(torch.tensor(b).abs().sum() > 0 for b in buffers.values())
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [("rebar", "rebar"), ("muprop", "double_cv"), ("double_cv", "relax"), ("rodeo", "muprop"), ("relax", "rodeo")],
+)
+def test_stacked_layers_are_unbiased(outer, inner):
+    """Bits that set the logits of further bits; the slope of the inner surrogate is an estimate, and that is enough."""
+    first, params = build(outer, {"latent_dim": 2, **(SMALL if outer in ("relax", "rodeo") else {})}, batch=1)
+    second, _ = build(inner, {"latent_dim": 2, **(SMALL if inner in ("relax", "rodeo") else {})})
+    weight = torch.tensor([[1.2, -0.7], [0.4, 0.9]], dtype=torch.float64)
+    cost = PolynomialCost("quadratic", 4)
+
+    def joint_cost(upper, lower):
+        return cost(torch.cat([upper.expand(*lower.shape[:-1], 2), lower], -1))
+
+    leaf, matrix = params.clone().requires_grad_(), weight.clone().requires_grad_()
+    value = exact_value(first, leaf, lambda z: exact_value(second, z @ matrix, lambda y: joint_cost(z, y)))
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(value.sum(), (leaf, matrix))])
+
+    draws, total, squares = 30_000, 0.0, 0.0
+    for _ in range(3):  # the second and third pass have coefficients
+        leaf = params.expand(draws, -1).clone().requires_grad_()
+        matrices = weight.expand(draws, 2, 2).clone().requires_grad_()
+        with sl.capture() as samples:
+            upper = first(leaf)
+            lower = second(torch.einsum("...bi,bij->...bj", upper, matrices))
+        loss = sl.surrogate(joint_cost(upper, lower), samples)
+        found = torch.cat([g.flatten(1) for g in torch.autograd.grad(loss.sum(), (leaf, matrices))], -1)
+        total, squares = total + found.sum(0), squares + found.square().sum(0)
+    mean = total / (3 * draws)
+    error = ((squares / (3 * draws) - mean.square()) / (3 * draws)).sqrt()
+    assert float(error.norm() / exact.norm()) < 0.05
+    assert float(((mean - exact) / error).abs().max()) < 5
