@@ -2,8 +2,10 @@
 
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
+from stochastic_layers.control_variates import NVIL, MuProp
 from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
 from stochastic_layers.coupled_categorical import ARSM, CARMS
+from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
 from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
 from stochastic_layers.hard_concrete import HardConcrete
@@ -12,9 +14,11 @@ from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.pathwise import Gaussian
 from stochastic_layers.poisson import Poisson, PoissonStraightThrough
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
+from stochastic_layers.rebar import Rebar, Relax
 from stochastic_layers.registry import Description, create, describe, list_layers, register
 from stochastic_layers.relaxed import EntmaxGumbel, GumbelSoftmax
-from stochastic_layers.score_function import Reinforce
+from stochastic_layers.rodeo import Rodeo
+from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce
 from stochastic_layers.sparse import SparsemaxMarginalization
 from stochastic_layers.straight_through import DecoupledStraightThrough, ReinMax, StraightThrough
 from stochastic_layers.surrogate import capture, surrogate
@@ -25,13 +29,16 @@ __all__ = [
     "ARMS",
     "ARSM",
     "CARMS",
+    "NVIL",
     "Baseline",
     "ChannelsFirst",
     "CoordinateFlip",
     "DecoupledStraightThrough",
     "Description",
+    "Dice",
     "DisARM",
     "DisARMTree",
+    "DoubleControlVariate",
     "EntmaxGumbel",
     "Enumeration",
     "GappedStraightThrough",
@@ -42,12 +49,17 @@ __all__ = [
     "InvertibleGaussian",
     "LearnedBaseline",
     "LeaveOneOut",
+    "LeaveOneOutReinforce",
     "LocalExpectation",
     "MovingAverage",
+    "MuProp",
     "Poisson",
     "PoissonStraightThrough",
+    "Rebar",
     "ReinMax",
     "Reinforce",
+    "Relax",
+    "Rodeo",
     "Sample",
     "SparsemaxMarginalization",
     "StochasticLayer",

@@ -79,7 +79,7 @@ class Sample:
                 weights = weights.view(-1, *[1] * ndim)
             loss = (weights * cost).sum(0)
             terms = [sum_rightmost(term, ndim) for term in self.aux.values()]
-            if self.credit is not None:
+            if self.credit is not None and torch.is_grad_enabled():  # without gradients there is nothing to credit
                 terms.append(self.credit(cost))
             for term in terms:
                 loss = loss + (term - term.detach())  # value zero, so that only the gradient is added
