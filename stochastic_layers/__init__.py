@@ -4,7 +4,9 @@ from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
 from stochastic_layers.exact import Enumeration
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
 from stochastic_layers.pathwise import Gaussian
+from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, VectorQuantizer
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
 from stochastic_layers.registry import Description, create, describe, list_layers, register
 from stochastic_layers.relaxed import GumbelSoftmax
@@ -20,19 +22,24 @@ __all__ = [
     "CoordinateFlip",
     "Description",
     "Enumeration",
+    "FiniteScalarQuantizer",
     "Gaussian",
     "GumbelSoftmax",
     "LearnedBaseline",
     "LeaveOneOut",
     "LocalExpectation",
+    "LookupFreeQuantizer",
     "MovingAverage",
     "Reinforce",
+    "ResidualVectorQuantizer",
+    "RotationTrick",
     "Sample",
     "SparsemaxMarginalization",
     "StochasticLayer",
     "StraightThrough",
     "SumAndSample",
     "UnorderedSet",
+    "VectorQuantizer",
     "capture",
     "create",
     "describe",

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stochastic_layers.codes import Codes
 from stochastic_layers.layer import StochasticLayer
+from stochastic_layers.point_mass import QuantizedFamily
 
 __all__ = ["COSTS", "Moments", "PolynomialCost", "check_mean", "enumerate_outcomes", "exact_value", "measure"]
 
@@ -59,10 +61,18 @@ def enumerate_outcomes(layer: StochasticLayer) -> Tensor:
     family = layer.family
     if not family.discrete:
         raise ValueError(f"needed a discrete family, got {family.name!r}.")
+    if isinstance(family, QuantizedFamily):
+        codes = family.codes.decode(_all_indices(family.codes), torch.float64)
+        return torch.stack([torch.cat(rows) for rows in itertools.product(codes, repeat=family.latent_dim)])
     if family.num_categories is None:
         return torch.tensor(list(itertools.product((0.0, 1.0), repeat=family.latent_dim)), dtype=torch.float64)
     eye = torch.eye(family.num_categories, dtype=torch.float64)
     return torch.stack([torch.cat(rows) for rows in itertools.product(eye, repeat=family.latent_dim)])
+
+
+def _all_indices(codes: Codes) -> Tensor:
+    every = itertools.product(range(codes.num_codes), repeat=math.prod(codes.index_shape))
+    return torch.tensor(list(every)).view(-1, *codes.index_shape)
 
 
 def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tensor], Tensor]) -> Tensor:
