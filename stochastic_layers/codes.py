@@ -33,7 +33,8 @@ def perplexity(indices: Tensor) -> Tensor:
         A scalar.
     """
     counts: Tensor = indices.unique(return_counts=True)[1]  # type: ignore[no-untyped-call]
-    return torch.special.entr(counts.double() / counts.sum()).sum().exp()
+    entropy: Tensor = torch.special.entr(counts.double() / counts.sum()).sum()
+    return entropy.exp()
 
 
 class Codes(nn.Module, ABC):
