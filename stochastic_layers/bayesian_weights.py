@@ -84,8 +84,8 @@ class LogUniformWeight(GaussianWeight):
     r"""Normal posterior with the improper prior of sparse variational dropout, uniform in log|w|.
 
     The KL depends on :math:`\log\alpha = \log(\text{scale}^2 / \text{loc}^2)` alone and is known up to a constant,
-    which is chosen so that it vanishes for large alpha. It has no closed form: this is the published fit, off by less than
-    0.01 nats for each weight,
+    which is chosen so that it vanishes for large alpha. It has no closed form: this is the published fit, off by less
+    than 0.01 nats for each weight,
 
     .. math:: k_1 \sigma(-k_2 - k_3 \log\alpha) + \tfrac12 \log(1 + \alpha^{-1}), \qquad
         k = (0.63576, 1.87320, 1.48695)
