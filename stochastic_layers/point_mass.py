@@ -155,3 +155,7 @@ class QuantizedFamily(Family):
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mode
+
+    def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
+        result: Tensor = q.log_prob(z)
+        return result
