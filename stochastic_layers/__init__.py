@@ -11,8 +11,10 @@ from stochastic_layers.gumbel_straight_through import GappedStraightThrough, Gum
 from stochastic_layers.hard_concrete import HardConcrete
 from stochastic_layers.invertible_gaussian import InvertibleGaussian
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
 from stochastic_layers.pathwise import Gaussian
 from stochastic_layers.poisson import Poisson, PoissonStraightThrough
+from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, VectorQuantizer
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
 from stochastic_layers.rebar import Rebar, Relax
 from stochastic_layers.registry import Description, create, describe, list_layers, register
@@ -41,6 +43,7 @@ __all__ = [
     "DoubleControlVariate",
     "EntmaxGumbel",
     "Enumeration",
+    "FiniteScalarQuantizer",
     "GappedStraightThrough",
     "Gaussian",
     "GumbelRao",
@@ -51,6 +54,7 @@ __all__ = [
     "LeaveOneOut",
     "LeaveOneOutReinforce",
     "LocalExpectation",
+    "LookupFreeQuantizer",
     "MovingAverage",
     "MuProp",
     "Poisson",
@@ -59,7 +63,9 @@ __all__ = [
     "ReinMax",
     "Reinforce",
     "Relax",
+    "ResidualVectorQuantizer",
     "Rodeo",
+    "RotationTrick",
     "Sample",
     "SparsemaxMarginalization",
     "StochasticLayer",
@@ -67,6 +73,7 @@ __all__ = [
     "StraightThroughGumbel",
     "SumAndSample",
     "UnorderedSet",
+    "VectorQuantizer",
     "capture",
     "create",
     "describe",

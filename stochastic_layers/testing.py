@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
 
+from stochastic_layers.codes import Codes
 from stochastic_layers.invertible_gaussian import InvertibleGaussianDistribution, InvertibleGaussianFamily
 from stochastic_layers.layer import StochasticLayer
+from stochastic_layers.point_mass import QuantizedFamily
 
 __all__ = [
     "COSTS",
@@ -68,12 +70,20 @@ class PolynomialCost(nn.Module):
 def enumerate_outcomes(layer: StochasticLayer) -> Tensor:
     """Every outcome of a discrete layer's z: ``[N, out_features]``."""
     family = layer.family
+    if isinstance(family, QuantizedFamily):
+        codes = family.codes.decode(_all_indices(family.codes), torch.float64)
+        return torch.stack([torch.cat(rows) for rows in itertools.product(codes, repeat=family.latent_dim)])
     if family.name not in ("bernoulli", "categorical"):
         raise ValueError(f"needed a family with finitely many outcomes, got {family.name!r}.")
     if family.num_categories is None:
         return torch.tensor(list(itertools.product((0.0, 1.0), repeat=family.latent_dim)), dtype=torch.float64)
     eye = torch.eye(family.num_categories, dtype=torch.float64)
     return torch.stack([torch.cat(rows) for rows in itertools.product(eye, repeat=family.latent_dim)])
+
+
+def _all_indices(codes: Codes) -> Tensor:
+    every = itertools.product(range(codes.num_codes), repeat=math.prod(codes.index_shape))
+    return torch.tensor(list(every)).view(-1, *codes.index_shape)
 
 
 def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tensor], Tensor]) -> Tensor:
