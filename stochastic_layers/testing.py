@@ -94,7 +94,7 @@ def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tenso
     """
     family = layer.family
     batch = params.shape[:-1]
-    if family.name in ("bernoulli", "categorical"):
+    if family.name in ("bernoulli", "categorical") or isinstance(family, QuantizedFamily):
         outcomes = enumerate_outcomes(layer).to(params.dtype)
         z = outcomes.view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)  # [N, *batch, out]
         return (family.log_prob(layer.law(params), z).exp() * cost_fn(z)).sum(0)
