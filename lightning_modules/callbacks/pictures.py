@@ -118,7 +118,9 @@ def curves(history: dict[str, list[tuple[int, float]]]) -> Figure:
             if key in history:
                 steps, values = zip(*history[key], strict=True)
                 axes.plot(steps, values, label=key, linewidth=1.2)
-        axes.set(title=title, xlabel="optimizer step", yscale=scale)
+        axes.set(title=title, xlabel="optimizer step")
+        if any(value > 0 for key in keys for _, value in history.get(key, [])):  # an exact layer has no variance
+            axes.set_yscale(scale)
         if len(keys) > 1:
             axes.legend(frameon=False)
     return figure
