@@ -61,6 +61,10 @@ def _independent(base: Distribution) -> Distribution:
     return Independent(base, 1, validate_args=False)
 
 
+def _standard_normal(dim: int) -> Distribution:
+    return _independent(Normal(torch.zeros(dim), torch.ones(dim), validate_args=False))
+
+
 def _base(q: Distribution) -> Any:
     """The law of one variable under ``Independent``."""
     assert isinstance(q, Independent)
@@ -158,8 +162,7 @@ class StudentTFamily(_LocationScale):
 
     def standard(self) -> Distribution:
         """The standard normal."""
-        zeros = torch.zeros(self.latent_dim)
-        return _independent(Normal(zeros, zeros + 1, validate_args=False))
+        return _standard_normal(self.latent_dim)
 
 
 @register_family
@@ -355,7 +358,7 @@ class _MultivariateGaussian(ContinuousFamily):
 
     def standard(self) -> Distribution:
         """The standard normal."""
-        return self.distribution(torch.zeros(self.in_features))
+        return _standard_normal(self.latent_dim)
 
 
 @register_family

@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Dirichlet, Distribution, Normal, StudentT, Uniform, constraints, kl
+from torch.distributions import (
+    Dirichlet,
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    Uniform,
+    constraints,
+    kl,
+)
 from torch.distributions import Kumaraswamy as TorchKumaraswamy
 from torch.distributions.utils import broadcast_all
 
@@ -236,3 +247,14 @@ def _kl_student_t_normal(p: StudentT, q: Normal) -> Tensor:
     second_moment = (variance + (p.loc - q.loc).square()) / q.scale.square()
     result: Tensor = 0.5 * (math.log(2 * math.pi) + second_moment) + q.scale.log() - entropy
     return result
+
+
+@kl.register_kl(LowRankMultivariateNormal, Independent)  # type: ignore[no-untyped-call, untyped-decorator]
+@kl.register_kl(MultivariateNormal, Independent)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl_gaussian_factorised(p: MultivariateNormal | LowRankMultivariateNormal, q: Independent[Distribution]) -> Tensor:
+    base = q.base_dist
+    if not isinstance(base, Normal) or len(q.event_shape) != 1:
+        raise NotImplementedError("the KL divergence of a Gaussian is known to factorised laws that are normal")
+    entropy: Tensor = p.entropy()  # type: ignore[no-untyped-call]
+    cross = 0.5 * (p.variance + (p.mean - base.loc).square()) / base.scale.square() + base.scale.log()
+    return (cross + 0.5 * math.log(2 * math.pi)).sum(-1) - entropy

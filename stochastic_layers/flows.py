@@ -148,8 +148,8 @@ class Flow(StochasticLayer):
 
     The params are :math:`\mu`, :math:`\log\sigma^2` and a context h. The pathwise gradient trains the params and the
     network; unbiased for f continuous and differentiable almost everywhere. ``log_prob`` of the draws is a by-product
-    of drawing. The KL to a prior has to be estimated from it. ``mode`` is what the mode of the noise becomes. ``torch.compile``
-    breaks the graph inside zuko: leave ``fullgraph`` off.
+    of drawing. The KL to a prior has to be estimated from it. ``mode`` is what the mode of the noise becomes.
+    ``torch.compile`` breaks the graph inside zuko: leave ``fullgraph`` off.
 
     Args:
         latent_dim: Number of latent variables.
