@@ -15,15 +15,15 @@ __all__ = ["MeasureValued"]
 
 @register("measure_valued")
 class MeasureValued(StochasticLayer):
-    r"""Measure-valued (weak) derivative of a Gaussian: low variance from values of the cost alone.
+    r"""Measure-valued (weak) derivative of a Gaussian: a gradient from values of the cost alone.
 
     .. math::
         \partial_{\mu_i} E_q[f] &= \frac{1}{\sigma_i \sqrt{2\pi}} E[f(\mu_i + \sigma_i W) - f(\mu_i - \sigma_i W)] \\
         \partial_{\log\sigma_i^2} E_q[f] &= \tfrac12 E[f(\mu_i + \sigma_i M) - f(\mu_i + \sigma_i U M)]
 
     with W from the Rayleigh law (Weibull of shape 2), M from the double-sided Maxwell law and U uniform, so that U M is
-    normal; the other coordinates of z are those of the draw. Both halves of a difference share their noise, which is
-    what keeps the variance low. Approximates the gradient of E_q[f] for any f of bounded expectation, differentiable or
+    normal; the other coordinates of z are those of the draw. Both halves of a difference share their noise, which
+    lowers the variance. Approximates the gradient of E_q[f] for any f of bounded expectation, differentiable or
     not; unbiased. The price: ``4 * latent_dim`` auxiliary points, of weight 0, for every draw. A bit needs no such
     layer: its weak derivative is ``f(1) - f(0)``, the local expectation gradient.
 

@@ -20,40 +20,56 @@ def params_of(layer, *batch):
     return 0.5 * torch.randn(*batch, layer.in_features, dtype=torch.float64)
 
 
-def grid():
-    """A lattice that covers the law: nodes ``[N, 2]`` and the area of a cell."""
-    line = torch.linspace(-9, 9, 151, dtype=torch.float64)
-    return torch.cartesian_prod(line, line), float(line[1] - line[0]) ** 2
+def grid(dim):
+    """A lattice that covers the law: nodes ``[N, dim]`` and the volume of a cell."""
+    line = torch.linspace(-10, 10, 8001 if dim == 1 else 161, dtype=torch.float64)
+    return torch.cartesian_prod(*[line] * dim).view(-1, dim), float(line[1] - line[0]) ** dim
 
 
 OPTIONS = [{}, {"transform": "affine"}, {"coupling": False}, {"context_features": 0}]
+# a spline's density has kinks, which a lattice resolves in one dimension only
+INTEGRABLE = [
+    {"latent_dim": 1},
+    {"transform": "affine"},
+    {"transform": "affine", "coupling": False},
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_density_integrates_to_one_and_gives_the_mean_of_the_draws(options):
+@pytest.mark.parametrize("options", INTEGRABLE, ids=str)
+def test_density_integrates_to_one_and_gives_the_moments_of_the_draws(options):
     layer = build(**options, num_samples=40_000)
     params = params_of(layer)
-    z, area = grid()
-    density = layer.distribution(params).log_prob(z).exp() * area
-    assert float(density.sum()) == pytest.approx(1.0, abs=2e-4)
-    draws = layer.sample(params).z
+    z, cell = grid(layer.latent_dim)
+    density = layer.distribution(params).log_prob(z).exp().detach() * cell
+    assert float(density.sum()) == pytest.approx(1.0, abs=1e-4)
+    draws = layer.sample(params).z.detach()
     for values, exact in ((draws, z), (draws.square(), z.square())):
-        expected = (density.unsqueeze(-1) * exact).sum(0)
-        assert bool(((values.mean(0) - expected).abs() < 5 * values.std(0) / 200 + 1e-3).all())
+        error = values.std(0) / 200
+        assert bool(((values.mean(0) - (density.unsqueeze(-1) * exact).sum(0)).abs() < 5 * error).all())
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", INTEGRABLE, ids=str)
 def test_gradient_of_the_params_is_that_of_the_integral(options):
     layer = build(**options)
     params = params_of(layer)
-    cost = lambda z: (z @ torch.tensor([1.0, -0.5], dtype=z.dtype) - 0.3) ** 2  # noqa: E731
-    leaf, (z, area) = params.clone().requires_grad_(), grid()
-    value = (layer.distribution(leaf).log_prob(z).exp() * area * cost(z)).sum()
+    weight = torch.tensor([1.0, -0.5], dtype=torch.float64)[: layer.latent_dim]
+    cost = lambda z: (z @ weight - 0.3) ** 2  # noqa: E731
+    leaf, (z, cell) = params.clone().requires_grad_(), grid(layer.latent_dim)
+    value = (layer.distribution(leaf).log_prob(z).exp() * cell * cost(z)).sum()
     (exact,) = torch.autograd.grad(value, leaf)
-    statistics = gradient_statistics(layer, params, cost, num_draws=40_000, chunk_size=20_000)
+    statistics = gradient_statistics(layer, params, cost, num_draws=100_000, chunk_size=20_000)
     error = (statistics.variance / statistics.num_draws).sqrt()
-    assert float(error.norm()) < 0.05 * float(exact.norm())
-    assert bool(((statistics.mean - exact).abs() < 5 * error + 2e-3).all())
+    assert 8 * float(error.norm()) < 0.1 * float(exact.norm())  # a bias of 10 % would be seen
+    assert bool(((statistics.mean - exact).abs() < 5 * error + 1e-3 * exact.norm()).all())  # the lattice's own error
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_density_is_that_of_the_noise_over_the_volume_it_is_stretched_to(options):
+    q = (layer := build(**options)).distribution(params_of(layer))
+    for noise in torch.randn(5, 2, dtype=torch.float64):
+        stretch = torch.linalg.slogdet(torch.autograd.functional.jacobian(q.push, noise)).logabsdet
+        expected = torch.distributions.Normal(0, 1).log_prob(noise).sum() - stretch
+        torch.testing.assert_close(q.log_prob(q.push(noise)), expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -96,6 +112,7 @@ def test_standard_prior_is_the_standard_normal():
     assert prior.event_shape == (2,) and float(prior.log_prob(torch.zeros(2))) == pytest.approx(-1.8379, abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, while it traces zuko
 def test_compiles_without_fullgraph():
     torch._dynamo.reset()
     layer = build()
@@ -134,7 +151,8 @@ def test_the_import_of_zuko_leaves_the_argument_checks_of_torch_alone():
     assert (
         run(
             "import sys, stochastic_layers as sl; from torch.distributions import Distribution as D\n"
-            "before = D._validate_args, 'zuko' in sys.modules; sl.create('flow', latent_dim=2); print(before, D._validate_args)"
+            "before = D._validate_args, 'zuko' in sys.modules; sl.create('flow', latent_dim=2)\n"
+            "print(before, D._validate_args)"
         )
         == "(True, False) True"
     )

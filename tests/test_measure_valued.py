@@ -103,16 +103,15 @@ def test_coupling_the_halves_lowers_the_variance():
             first, second = super()._offsets(like), super()._offsets(like)
             return torch.stack([first[0], second[1], first[2], second[3]])
 
-    cost = PolynomialCost("cubic", 2)
     totals = []
     for cls in (sl.MeasureValued, Uncoupled):
         layer, params = build(cls)
         check_mean(layer, params, PolynomialCost("quadratic", 2))  # both are right
-        totals.append(gradient_statistics(layer, params, cost, num_draws=20_000, chunk_size=20_000).total_variance)
-    assert totals[0] < totals[1] / 1.5
+        totals.append(gradient_statistics(layer, params, step, num_draws=20_000, chunk_size=20_000).total_variance)
+    assert totals[0] < totals[1] / 1.6  # about one half
 
 
-def test_variance_is_far_below_that_of_the_score_function():
+def test_on_a_step_it_is_worth_as_much_as_leave_one_out_with_as_many_evaluations():
     layer, params = build()
     reinforce = sl.create(
         "reinforce", latent_dim=2, family="gaussian", num_samples=9, baseline="leave_one_out"
@@ -121,7 +120,7 @@ def test_variance_is_far_below_that_of_the_score_function():
         gradient_statistics(one, params, step, num_draws=20_000, chunk_size=20_000).total_variance
         for one in (layer, reinforce)
     )
-    assert ours < theirs * 1.5  # nine evaluations each; the ratio is printed in the documentation
+    assert 0.8 < ours / theirs < 1.4  # nine evaluations each; the variances are 0.133 and 0.124
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (5,), (2, 3)], ids=str)
