@@ -7,12 +7,14 @@ from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
 from stochastic_layers.coupled_categorical import ARSM, CARMS
 from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
+from stochastic_layers.flows import Flow
 from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
 from stochastic_layers.hard_concrete import HardConcrete
 from stochastic_layers.invertible_gaussian import InvertibleGaussian
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
-from stochastic_layers.pathwise import Gaussian
+from stochastic_layers.measure_valued import MeasureValued
+from stochastic_layers.pathwise import Antithetic, Gaussian, Pathwise, QuasiMonteCarlo
 from stochastic_layers.poisson import Poisson, PoissonStraightThrough
 from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, VectorQuantizer
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
@@ -32,6 +34,7 @@ __all__ = [
     "ARSM",
     "CARMS",
     "NVIL",
+    "Antithetic",
     "Baseline",
     "ChannelsFirst",
     "CoordinateFlip",
@@ -44,6 +47,7 @@ __all__ = [
     "EntmaxGumbel",
     "Enumeration",
     "FiniteScalarQuantizer",
+    "Flow",
     "GappedStraightThrough",
     "Gaussian",
     "GumbelRao",
@@ -55,10 +59,13 @@ __all__ = [
     "LeaveOneOutReinforce",
     "LocalExpectation",
     "LookupFreeQuantizer",
+    "MeasureValued",
     "MovingAverage",
     "MuProp",
+    "Pathwise",
     "Poisson",
     "PoissonStraightThrough",
+    "QuasiMonteCarlo",
     "Rebar",
     "ReinMax",
     "Reinforce",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -101,6 +100,11 @@ class Family(ABC):
         return self.latent_dim * len(self.parts)
 
     @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Size of the last dimension of each part of params."""
+        return (self.in_features // len(self.parts),) * len(self.parts)
+
+    @property
     def out_features(self) -> int:
         """Size of the last dimension of z."""
         return self.latent_dim
@@ -113,6 +117,10 @@ class Family(ABC):
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         """Exact draws ``[S, *batch, out_features]`` without gradient."""
 
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        """Draws ``[S, *batch, out_features]`` with a gradient, of families that torch can reparameterize."""
+        return q.rsample(torch.Size((num_samples,)))
+
     @abstractmethod
     def mode(self, q: Distribution) -> Tensor:
         """The most probable z ``[*batch, out_features]``."""
@@ -123,7 +131,8 @@ class Family(ABC):
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         """log q(z) ``[S, *batch]`` of z ``[S, *batch, out_features]``."""
-        result: Tensor = _base(q).log_prob(z).sum(-1)  # Independent.log_prob itself fails on an empty batch
+        # the sum of Independent cannot be used: it fails for an empty batch
+        result: Tensor = q.base_dist.log_prob(z).sum(-1) if isinstance(q, Independent) else q.log_prob(z)
         return result
 
     def check(self, params: Tensor, low: float, high: float) -> None:
@@ -151,8 +160,15 @@ class Family(ABC):
                     f"needed one tensor or the {len(self.parts)} tensors {self.parts} for family {self.name!r}, got "
                     f"{len(params)}."
                 )
-            shape = reduce(torch.add, params).shape
-            params = torch.cat([part.expand(shape) for part in params], -1)
+            sizes = self.part_sizes
+            try:
+                batch = torch.broadcast_shapes(*[part.shape[:-1] for part in params])  # type: ignore[no-untyped-call]
+                params = torch.cat([part.expand(*batch, n) for part, n in zip(params, sizes, strict=True)], -1)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"needed the parts {self.parts} as [*batch, n] with n = {sizes} for family {self.name!r}, got "
+                    f"{[list(part.shape) for part in params]}; size the layer before by layer.in_features."
+                ) from error
         if not isinstance(params, Tensor):
             raise ValueError(f"needed a tensor of params, got {type(params).__name__}.")
         if not params.is_floating_point():
@@ -291,15 +307,20 @@ class GaussianFamily(Family):
         return q.mean
 
 
-def create_family(name: str, latent_dim: int, num_categories: int | None = None) -> Family:
-    """Build the family called ``name``.
+def create_family(family: str | Mapping[str, Any], latent_dim: int, num_categories: int | None = None) -> Family:
+    """Build a family from its name, or from a mapping ``{"name": ..., **options}`` of one that has options.
 
     Raises:
-        ValueError: Unknown name, or sizes that do not fit.
+        ValueError: Unknown name or option, or sizes that do not fit.
     """
+    options: dict[str, Any] = {"name": family} if isinstance(family, str) else dict(family)
+    name = options.pop("name", None)
     if name not in _FAMILIES:
-        raise ValueError(f"needed the name of a family, got {name!r}; {nearest(name, _FAMILIES)}")
-    return _FAMILIES[name](latent_dim, num_categories)
+        raise ValueError(f"needed the name of a family, got {name!r}; {nearest(str(name), _FAMILIES)}")
+    try:
+        return _FAMILIES[name](latent_dim, num_categories, **options)
+    except TypeError as error:
+        raise ValueError(f"needed options of family {name!r}, got {sorted(options)}: {error}.") from error
 
 
 def takes_categories(name: str) -> bool:

@@ -120,7 +120,7 @@ class StochasticLayer(nn.Module, ABC):
 
     Args:
         latent_dim: Number of latent variables.
-        family: Name of the distribution family.
+        family: Name of the distribution family, or a mapping ``{"name": ..., **options}`` of one that has options.
         num_categories: Number of categories of each variable of a categorical family.
         num_samples: Number S of draws per example.
 
@@ -141,15 +141,16 @@ class StochasticLayer(nn.Module, ABC):
         self,
         latent_dim: int,
         *,
-        family: str,
+        family: str | Mapping[str, Any],
         num_categories: int | None = None,
         num_samples: int = 1,
     ) -> None:
         super().__init__()
-        if family not in self.families:
+        name = family if isinstance(family, str) else str(family.get("name"))
+        if name not in self.families:
             raise ValueError(
-                f"{self.name or type(self).__name__!r} supports the families {self.families}, got {family!r}; "
-                f"{nearest(family, self.families)} See sl.list_layers(family={family!r})."
+                f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; "
+                f"{nearest(name, self.families)} See sl.list_layers(family={name!r})."
             )
         if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
             raise ValueError(f"needed num_samples >= 1, got {num_samples!r}.")

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from stochastic_layers.codes import Codes
+from stochastic_layers.continuous_families import ContinuousFamily
 from stochastic_layers.invertible_gaussian import InvertibleGaussianDistribution, InvertibleGaussianFamily
 from stochastic_layers.layer import StochasticLayer
 from stochastic_layers.point_mass import QuantizedFamily
+from stochastic_layers.quadrature import integrate
 
 __all__ = [
     "COSTS",
@@ -98,6 +100,8 @@ def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tenso
         outcomes = enumerate_outcomes(layer).to(params.dtype)
         z = outcomes.view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)  # [N, *batch, out]
         return (family.log_prob(layer.law(params), z).exp() * cost_fn(z)).sum(0)
+    if isinstance(family, ContinuousFamily):
+        return integrate(family, params, cost_fn)
     nodes, weights = _rule(layer, params)  # [n, *batch, D]
     index = torch.cartesian_prod(*[torch.arange(nodes.shape[0])] * nodes.shape[-1]).view(-1, nodes.shape[-1])
     index = index.view(-1, *[1] * len(batch), nodes.shape[-1]).expand(-1, *batch, -1)  # [n^D, *batch, D]
