@@ -321,7 +321,7 @@ def test_digits_have_the_promised_shapes_and_disjoint_parts() -> None:
 
 def test_dynamic_training_images_change_with_epoch_and_seed_and_held_out_ones_do_not() -> None:
     def make(seed: int) -> Digits:
-        data = Digits(seed=seed)
+        data = Digits(seed=seed, binarization="dynamic")
         data.setup()
         return data
 
@@ -341,7 +341,7 @@ def test_dynamic_training_images_change_with_epoch_and_seed_and_held_out_ones_do
 
 
 def test_static_images_never_change_and_share_the_draw_of_dynamic_validation() -> None:
-    static, dynamic = Digits(binarization="static", seed=1), Digits(val_size=300)
+    static, dynamic = Digits(binarization="static", seed=1), Digits(val_size=300, binarization="dynamic")
     static.setup()
     dynamic.setup()
     indices = torch.arange(len(static.train_set))
