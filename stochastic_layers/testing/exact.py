@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,21 @@ from torch import Tensor, nn
 
 from stochastic_layers.layer import StochasticLayer
 
-__all__ = ["COSTS", "Moments", "PolynomialCost", "check_mean", "enumerate_outcomes", "exact_value", "measure"]
+__all__ = [
+    "COSTS",
+    "QUANTITIES",
+    "Moments",
+    "PolynomialCost",
+    "check_mean",
+    "enumerate_outcomes",
+    "exact_value",
+    "measure",
+    "measure_all",
+]
 
 COSTS = ("constant", "linear", "quadratic", "cubic", "asymmetric")
+QUANTITIES = ("encoder", "decoder", "value")
+Expectation = Callable[[StochasticLayer, Tensor, nn.Module], Tensor]
 
 
 class PolynomialCost(nn.Module):
@@ -147,46 +159,104 @@ def measure(
         context: Context for a learned baseline ``[B, F]``.
         chunk_size: Draws in one batched pass.
     """
+    return measure_all(layer, params, cost_fn, num_draws=num_draws, of=(of,), context=context, chunk_size=chunk_size)[
+        of
+    ]
+
+
+def measure_all(
+    layer: StochasticLayer,
+    params: Tensor,
+    cost_fn: nn.Module,
+    *,
+    num_draws: int,
+    of: Sequence[str] = QUANTITIES,
+    context: Tensor | None = None,
+    chunk_size: int = 20_000,
+    expectation: Expectation | None = None,
+) -> dict[str, Moments]:
+    """As :func:`measure`, for several of ``"encoder"``, ``"decoder"`` and ``"value"`` from the same draws.
+
+    Args:
+        layer: The layer, in training mode.
+        params: ``[*batch, in_features]`` in float64.
+        cost_fn: A module of z; its parameter ``theta`` plays the decoder. It may sum trailing batch dimensions.
+        num_draws: Number of draws.
+        of: The quantities.
+        context: Context for a learned baseline ``[*batch, F]``.
+        chunk_size: Draws in one batched pass.
+        expectation: What computes E_q[cost], differentiable in params and theta; by default :func:`exact_value`.
+    """
     leaf = params.detach().clone().requires_grad_()
-    value = exact_value(layer, leaf, cost_fn)
+    value = (expectation or exact_value)(layer, leaf, cost_fn)
     theta = next(cost_fn.parameters())
-    if of == "value":
-        exact = value.detach()
-    else:
-        (exact,) = torch.autograd.grad(value.sum(), leaf if of == "encoder" else theta)
-    total, squares = torch.zeros_like(exact), torch.zeros_like(exact)
-    projection, projection_squares, count = 0.0, 0.0, 0
-    norm = float(exact.square().sum())
+    targets = {"encoder": leaf, "decoder": theta}
+    running: dict[str, _Running] = {}
+    for name in of:
+        if name == "value":
+            running[name] = _Running(value.detach())
+        else:
+            (exact,) = torch.autograd.grad(value.sum(), targets[name], retain_graph=True, allow_unused=True)
+            running[name] = _Running(torch.zeros_like(targets[name]) if exact is None else exact)
+    count = 0
     while count < num_draws:
         draws = min(chunk_size, num_draws - count)
         expanded = params.detach().expand(draws, *params.shape).clone().requires_grad_()
         sample = layer.sample(expanded, None if context is None else context.expand(draws, *context.shape))
-        if of == "encoder":
-            (grads,) = torch.autograd.grad(sample.surrogate(cost_fn(sample.z)).sum(), expanded)
-        elif of == "value":
-            grads = sample.surrogate(cost_fn(sample.z)).detach()
-        else:  # one copy of theta per draw, so that one backward gives every draw's gradient
-            copies = theta.detach().expand(draws, 1, -1).clone().requires_grad_()
-            cost = torch.func.functional_call(cost_fn, {"theta": copies}, (sample.z,))
-            (grads,) = torch.autograd.grad(sample.surrogate(cost).sum(), copies)
-            grads = grads.squeeze(1)
-        total += grads.sum(0)
-        squares += grads.square().sum(0)
-        along = grads.flatten(1) @ exact.flatten() / max(norm, 1e-300)
-        projection += float(along.sum())
-        projection_squares += float(along.square().sum())
+        # one copy of theta per draw, so that one backward gives every draw's gradient
+        copies = theta.detach().expand(draws, *[1] * (params.dim() - 1), -1).clone().requires_grad_()
+        loss = sample.surrogate(torch.func.functional_call(cost_fn, {"theta": copies}, (sample.z,)))
+        sources = {"encoder": expanded, "decoder": copies}
+        wanted = [name for name in of if name != "value"]
+        grads: list[Tensor | None] = [None] * len(wanted)
+        if wanted and loss.requires_grad:
+            grads = list(torch.autograd.grad(loss.sum(), [sources[name] for name in wanted], allow_unused=True))
+        found = {
+            name: torch.zeros_like(sources[name]) if g is None else g for name, g in zip(wanted, grads, strict=True)
+        }
+        if "decoder" in found:
+            found["decoder"] = found["decoder"].flatten(1)
+        found["value"] = loss.detach()
+        for name in of:
+            running[name].update(found[name])
         count += draws
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp_min(0) * count / (count - 1)
-    center = projection / count
-    spread = math.sqrt(max(projection_squares / count - center**2, 0.0) / count)
-    return Moments(
-        mean=mean,
-        standard_error=(variance / count).sqrt(),
-        exact=exact,
-        num_draws=count,
-        projection=(center, spread) if norm > 0 else (math.nan, math.nan),
-    )
+    return {name: running[name].moments() for name in of}
+
+
+class _Running:
+    """Sums over draws of a quantity, of its square, and of its projection on the exact one."""
+
+    def __init__(self, exact: Tensor) -> None:
+        self.exact = exact
+        self.norm = float(exact.square().sum())
+        if self.norm < 1e-24:  # rounding of an exact zero, along which no projection means anything
+            self.norm = 0.0
+        self.total, self.squares = torch.zeros_like(exact), torch.zeros_like(exact)
+        self.along, self.along_squares, self.count = 0.0, 0.0, 0
+
+    def update(self, draws: Tensor) -> None:
+        """Add draws ``[n, *shape]``."""
+        self.total += draws.sum(0)
+        self.squares += draws.square().sum(0)
+        along = draws.flatten(1) @ self.exact.flatten() / max(self.norm, 1e-300)
+        self.along += float(along.sum())
+        self.along_squares += float(along.square().sum())
+        self.count += draws.shape[0]
+
+    def moments(self) -> Moments:
+        """The moments so far."""
+        count = self.count
+        mean = self.total / count
+        variance = (self.squares / count - mean.square()).clamp_min(0) * count / (count - 1)
+        center = self.along / count
+        spread = math.sqrt(max(self.along_squares / count - center**2, 0.0) / count)
+        return Moments(
+            mean=mean,
+            standard_error=(variance / count).sqrt(),
+            exact=self.exact,
+            num_draws=count,
+            projection=(center, spread) if self.norm > 0 else (math.nan, math.nan),
+        )
 
 
 def check_mean(
