@@ -22,7 +22,7 @@ class Row:
         quantity: For gradients, ``"encoder"``, ``"decoder"`` or ``"value"``; else empty.
         largest_z: Largest deviation from the exact value in standard errors, where there is one.
         exact: Whether the estimate had no spread, so that it was compared up to rounding.
-        relative_bias: Norm of the measured bias over that of the exact value, corrected for the noise of the measurement.
+        relative_bias: Norm of the measured bias over that of the exact value, less what noise adds to it.
         standard_error: Upper bound of the standard error of ``relative_bias``.
     """
 

@@ -9,7 +9,7 @@ import torch
 
 from stochastic_layers.layer import StochasticLayer
 from stochastic_layers.registry import nearest
-from stochastic_layers.testing import contract, honesty, laws, means
+from stochastic_layers.testing import contract, honesty, laws, means, refusals
 from stochastic_layers.testing.certificate import Certificate, Row
 from stochastic_layers.testing.exact import Expectation, exact_value
 from stochastic_layers.testing.subject import NotApplicable, Subject
@@ -30,9 +30,9 @@ _QUICK: tuple[Check, ...] = (
     contract.reported_value,
     contract.weights,
     contract.evaluations,
-    contract.refused_costs,
-    contract.refused_params,
-    contract.extreme_params,
+    refusals.refused_costs,
+    refusals.refused_params,
+    refusals.extreme_params,
     contract.copies_and_state,
     laws.draws_in_eval,
     laws.draws_in_training,

@@ -238,10 +238,11 @@ class _Running:
         """Add draws ``[n, *shape]``."""
         self.total += draws.sum(0)
         self.squares += draws.square().sum(0)
-        along = draws.flatten(1) @ self.exact.flatten() / max(self.norm, 1e-300)
-        self.along += float(along.sum())
-        self.along_squares += float(along.square().sum())
         self.count += draws.shape[0]
+        if self.norm > 0:
+            along = draws.flatten(1) @ self.exact.flatten() / self.norm
+            self.along += float(along.sum())
+            self.along_squares += float(along.square().sum())
 
     def moments(self) -> Moments:
         """The moments so far."""

@@ -1,4 +1,4 @@
-"""Checks of what a layer states: what it needs of the cost, and that its gradient goes where it should and nowhere else."""
+"""Checks of what a layer states: what it needs of the cost, and that its gradient goes nowhere else."""
 
 from __future__ import annotations
 
@@ -162,9 +162,8 @@ def summed_batch(subject: Subject) -> str:
         list(summed.loss.shape) == [3], f"surrogate() is {list(summed.loss.shape)} for a cost [S, 3] of z [S, 3, 4, F]"
     )
     whole = subject.step(params)
-    weighted = (
-        (summed.sample.weights.view(-1, 1) * summed.cost).sum(0) if summed.sample.weights.dim() == 1 else summed.loss
-    )
+    expect(summed.sample.weights.dim() == 1, "weights [S, *batch] cannot weight a summed cost; refuse it")
+    weighted = (summed.sample.weights.view(-1, 1) * summed.cost).sum(0)
     expect(close(summed.loss.detach(), weighted.detach()), "surrogate() of a summed cost is not the weighted cost")
     expect(close(summed.decoder, whole.decoder), "the decoder's gradient of a summed cost is not the sum")
     if "cost" not in subject.build().needs:

@@ -99,9 +99,7 @@ def draws_in_eval(subject: Subject) -> str:
     expect(run.decoder.any(), "the surrogate of eval() gives the decoder no gradient")
     outcomes = outcomes_of(layer)
     if outcomes is None:
-        deviation = largest_z(
-            *moments(layer.distribution(params.detach().expand(NUM_DRAWS, -1)), z[:1], sample.weights[:1] * 0 + 1)
-        )
+        deviation = largest_z(*moments(sample.q, z[:1], torch.ones(1, dtype=z.dtype)))
         expect(deviation < 5, f"mean or variance of the draws is {deviation:.1f} standard errors off")
         return f"mean and variance of {NUM_DRAWS} draws, |z| {deviation:.1f}"
     with torch.no_grad():
@@ -113,7 +111,7 @@ def draws_in_eval(subject: Subject) -> str:
 
 
 def draws_in_training(subject: Subject) -> str:
-    """In train(), where ``exact_draws`` is stated: the points, counted by their weights, follow q (5 standard errors)."""
+    """In train(), where ``exact_draws`` is stated: the points, counted by their weights, follow q (|z| < 5)."""
     layer = subject.build()
     if not layer.exact_draws:
         raise NotApplicable("the layer states that its training draws do not follow q")

@@ -1,4 +1,4 @@
-"""The mean of encoder gradient, decoder gradient and reported value against the exact ones: tested, or measured as bias."""
+"""The means of gradients and reported value against the exact ones: tested, or measured as bias."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gradients(subject: Subject) -> Iterator[Row]:
         raise NotApplicable(f"no exact expectation to compare with: {error} Pass expectation=...") from None
     if not torch.allclose(total, torch.ones_like(total), atol=1e-6):
         raise NotApplicable(
-            f"no exact expectation to compare with: the law {subject.family!r} cannot be enumerated. Pass expectation=..."
+            f"no exact expectation to compare with: {subject.family!r} cannot be enumerated. Pass expectation=..."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.seed)
@@ -50,9 +50,7 @@ def gradients(subject: Subject) -> Iterator[Row]:
         except ValueError:
             return  # refused, which is allowed
         if layer.unbiased is True:
-            yield from _rows(
-                subject, layer, params.unsqueeze(0), summed, "asymmetric cost summed over a batch dimension"
-            )
+            yield from _rows(subject, layer, params.unsqueeze(0), summed, "asymmetric cost summed over the batch")
 
 
 class _One(nn.Module):
