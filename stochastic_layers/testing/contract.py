@@ -215,7 +215,7 @@ def evaluations(subject: Subject) -> str:
     stated = layer.evaluations
     points = layer.sample(subject.params(4)).z.shape[0]
     if isinstance(stated, str):
-        known = {"min": min, "max": max, "math": math}
+        known = {"min": min, "max": max}
         try:
             code = compile(stated, "evaluations", "eval")
         except SyntaxError:
