@@ -224,7 +224,7 @@ def measure_all(
 
 
 class _Running:
-    """Sums over draws of a quantity, of its square, and of its projection on the exact one."""
+    """Sums over draws of a quantity's deviation from the exact one, of its square, and of its projection."""
 
     def __init__(self, exact: Tensor) -> None:
         self.exact = exact
@@ -236,6 +236,7 @@ class _Running:
 
     def update(self, draws: Tensor) -> None:
         """Add draws ``[n, *shape]``."""
+        draws = draws - self.exact  # what has no spread then has none in the sums either
         self.total += draws.sum(0)
         self.squares += draws.square().sum(0)
         self.count += draws.shape[0]
@@ -247,16 +248,16 @@ class _Running:
     def moments(self) -> Moments:
         """The moments so far."""
         count = self.count
-        mean = self.total / count
-        variance = (self.squares / count - mean.square()).clamp_min(0) * count / (count - 1)
+        deviation = self.total / count
+        variance = (self.squares / count - deviation.square()).clamp_min(0) * count / (count - 1)
         center = self.along / count
         spread = math.sqrt(max(self.along_squares / count - center**2, 0.0) / count)
         return Moments(
-            mean=mean,
+            mean=self.exact + deviation,
             standard_error=(variance / count).sqrt(),
             exact=self.exact,
             num_draws=count,
-            projection=(center, spread) if self.norm > 0 else (math.nan, math.nan),
+            projection=(1 + center, spread) if self.norm > 0 else (math.nan, math.nan),
         )
 
 

@@ -15,7 +15,7 @@ from stochastic_layers.testing.subject import NotApplicable, Subject, step
 
 __all__ = ["describe_law", "draws_in_eval", "draws_in_training", "mode_of_q", "support_in_training"]
 
-NUM_DRAWS = 20_000
+NUM_DRAWS = 40_000
 FALSE_ALARM = 1e-6
 MAX_OUTCOMES = 256
 

@@ -116,6 +116,7 @@ class Subject:
         self.expectation, self.visible_bias, self.max_draws = expectation, visible_bias, max_draws
         self.options: dict[str, Any] = dict(options or {})
         self.template: StochasticLayer | None = None
+        self.by_name = layer if isinstance(layer, str) else None
         self.cls: type[StochasticLayer]
         if isinstance(layer, StochasticLayer):
             if family not in (None, layer.family.name) or self.options:
@@ -126,7 +127,6 @@ class Subject:
             self.template, self.cls, self.family = layer, type(layer), layer.family.name
             return
         self.cls = layer_class(layer) if isinstance(layer, str) else layer
-        self.by_name = layer if isinstance(layer, str) else None
         default = inspect.signature(self.cls).parameters.get("family")
         fallback = default.default if default is not None and isinstance(default.default, str) else self.cls.families[0]
         self.family = family or fallback
