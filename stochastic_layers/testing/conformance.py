@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -117,11 +118,9 @@ def check_layer(
         for name in checks:
             torch.manual_seed(seed)
             rows += _run(name, _BY_NAME[name], subject)
-    built = subject.build()
-    try:
-        evaluations = built.sample(subject.params(1)).z.shape[0]
-    except Exception:  # a row says what is wrong
-        evaluations = None
+        built, evaluations = subject.build(), None
+        with contextlib.suppress(Exception):  # a row says what is wrong
+            evaluations = built.sample(subject.params(1)).z.shape[0]
     return Certificate(
         layer=subject.name,
         family=subject.family,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from collections.abc import Callable
 
 import torch
@@ -238,15 +237,11 @@ def copies_and_state(subject: Subject) -> str:
     restored = subject.build()
     restored.load_state_dict(layer.state_dict())
     copies = {"a restored state_dict": restored, "a deep copy": copy.deepcopy(layer)}
-    found: object = sys.modules.get(type(layer).__module__)
-    for part in type(layer).__qualname__.split("."):
-        found = getattr(found, part, None)
-    importable = found is type(layer)
-    if importable:
+    if subject.importable:
         copies["a pickled copy"] = pickle.loads(pickle.dumps(layer))
     reference = step(layer, params, cost, seed=2)
     for what, twin in copies.items():
         run = step(twin, params, cost, seed=2)
         expect(close(run.sample.z.detach(), reference.sample.z.detach()), f"{what} draws something else")
         expect(close(run.encoder, reference.encoder), f"{what} gives another gradient: some state is not in buffers")
-    return ", ".join(copies) + ("" if importable else " (not pickled: its class is local to where it was defined)")
+    return ", ".join(copies) + ("" if subject.importable else " (not pickled: its class cannot be imported)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -173,6 +174,8 @@ def summed_batch(subject: Subject) -> str:
 
 def compiled_step(subject: Subject) -> str:
     """Sample, cost and surrogate compile into one graph, whose gradients are finite."""
+    if subject.cls.__module__ not in sys.modules:
+        raise NotApplicable("the layer's class was defined outside any module, where the compiler cannot follow")
     layer, cost, params = subject.build(torch.float32), subject.cost(), subject.params(6, dtype=torch.float32)
     try:
         run_compiled(layer, cost, params, subject.backend)

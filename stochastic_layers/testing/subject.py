@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,14 @@ class Subject:
             except ValueError:  # layers of one joint variable
                 self.options["latent_dim"] = 1
         self.build()
+
+    @property
+    def importable(self) -> bool:
+        """Whether the layer's class is found by its module and name, as pickle and the compiler look it up."""
+        found: object = sys.modules.get(self.cls.__module__)
+        for part in self.cls.__qualname__.split("."):
+            found = getattr(found, part, None)
+        return found is self.cls
 
     @property
     def name(self) -> str:
