@@ -2,37 +2,78 @@
 
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
+from stochastic_layers.control_variates import NVIL, MuProp
+from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
+from stochastic_layers.coupled_categorical import ARSM, CARMS
+from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
+from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
+from stochastic_layers.hard_concrete import HardConcrete
+from stochastic_layers.invertible_gaussian import InvertibleGaussian
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
 from stochastic_layers.pathwise import Gaussian
+from stochastic_layers.poisson import Poisson, PoissonStraightThrough
+from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, VectorQuantizer
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
+from stochastic_layers.rebar import Rebar, Relax
 from stochastic_layers.registry import Description, create, describe, list_layers, register
-from stochastic_layers.relaxed import GumbelSoftmax
-from stochastic_layers.score_function import Reinforce
+from stochastic_layers.relaxed import EntmaxGumbel, GumbelSoftmax
+from stochastic_layers.rodeo import Rodeo
+from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce
 from stochastic_layers.sparse import SparsemaxMarginalization
-from stochastic_layers.straight_through import StraightThrough
+from stochastic_layers.straight_through import DecoupledStraightThrough, ReinMax, StraightThrough
 from stochastic_layers.surrogate import capture, surrogate
 from stochastic_layers.without_replacement import SumAndSample, UnorderedSet
 
 __all__ = [
+    "ARM",
+    "ARMS",
+    "ARSM",
+    "CARMS",
+    "NVIL",
     "Baseline",
     "ChannelsFirst",
     "CoordinateFlip",
+    "DecoupledStraightThrough",
     "Description",
+    "Dice",
+    "DisARM",
+    "DisARMTree",
+    "DoubleControlVariate",
+    "EntmaxGumbel",
     "Enumeration",
+    "FiniteScalarQuantizer",
+    "GappedStraightThrough",
     "Gaussian",
+    "GumbelRao",
     "GumbelSoftmax",
+    "HardConcrete",
+    "InvertibleGaussian",
     "LearnedBaseline",
     "LeaveOneOut",
+    "LeaveOneOutReinforce",
     "LocalExpectation",
+    "LookupFreeQuantizer",
     "MovingAverage",
+    "MuProp",
+    "Poisson",
+    "PoissonStraightThrough",
+    "Rebar",
+    "ReinMax",
     "Reinforce",
+    "Relax",
+    "ResidualVectorQuantizer",
+    "Rodeo",
+    "RotationTrick",
     "Sample",
     "SparsemaxMarginalization",
     "StochasticLayer",
     "StraightThrough",
+    "StraightThroughGumbel",
     "SumAndSample",
     "UnorderedSet",
+    "VectorQuantizer",
     "capture",
     "create",
     "describe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from stochastic_layers.registry import nearest
 
-__all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "create_baseline"]
+__all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "create_baseline"]
 
 
-class Baseline(nn.Module):
+class Baseline(nn.Module, ABC):
     """Base of baselines; any ``nn.Module`` with the same :meth:`forward` will do.
 
     A baseline must not depend on the draw that it is subtracted from: its value for draw k may use the context and the
@@ -24,6 +25,7 @@ class Baseline(nn.Module):
 
     min_samples: int = 1
 
+    @abstractmethod
     def forward(self, cost: Tensor, context: Tensor) -> Tensor:
         """The prediction of the cost.
 
@@ -34,7 +36,6 @@ class Baseline(nn.Module):
         Returns:
             A tensor that broadcasts to the shape of the cost.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define forward(cost, context)")
 
 
 class LeaveOneOut(Baseline):
@@ -51,14 +52,15 @@ class LeaveOneOut(Baseline):
         return (cost.sum(0, keepdim=True) - cost) / (cost.shape[0] - 1)
 
 
-class MovingAverage(Baseline):
-    """A running mean of the cost over steps, as it stood before the current step.
+class RunningMean(nn.Module):
+    """A running mean of some statistics over steps, agreed by all ranks.
 
     The mean is a weighted sum over past steps divided by the sum of the weights, so that it has no start-up bias. Under
-    ``torch.distributed`` the cost is summed over all ranks before the update, and the ranks agree.
+    ``torch.distributed`` the statistics are summed over all ranks before the update, and the ranks agree.
 
     Args:
         decay: Weight of the past at each step, in [0, 1).
+        size: Number n of statistics.
 
     Raises:
         ValueError: ``decay`` is out of range.
@@ -67,32 +69,53 @@ class MovingAverage(Baseline):
     total: Tensor
     weight: Tensor
 
-    def __init__(self, decay: float = 0.99) -> None:
+    def __init__(self, decay: float = 0.99, size: int = 1) -> None:
         super().__init__()
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"needed 0 <= decay < 1, got {decay}.")
         self.decay = decay
-        self.register_buffer("total", torch.zeros(1))
+        self.register_buffer("total", torch.zeros(size))
         self.register_buffer("weight", torch.zeros(1))
 
-    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
-        baseline = self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)  # 0 before the first step
-        if self.training and torch.is_grad_enabled():
-            self._update(cost)
-        return baseline
+    @property
+    def value(self) -> Tensor:
+        """The mean ``[n]``; 0 before the first step."""
+        return self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
 
     @torch.no_grad()
-    def _update(self, cost: Tensor) -> None:
-        moments = torch.stack([cost.sum(), cost.new_tensor(float(cost.numel()))])
+    def update(self, values: Tensor) -> None:
+        """Count one step of ``values`` ``[*any, n]``; evaluation mode and ``no_grad`` probes do not come here."""
+        rows = values.reshape(-1, self.total.shape[0])
+        moments = torch.cat([rows.sum(0), rows.new_full((1,), rows.shape[0])])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
-        seen = (moments[1] > 0).to(self.weight.dtype)  # an empty batch changes nothing
+        seen = (moments[-1] > 0).to(self.weight.dtype)  # an empty batch changes nothing
         rate = (1 - self.decay) * seen
-        self.total.mul_(1 - rate).add_(rate * moments[0] / moments[1].clamp_min(1))
+        self.total.mul_(1 - rate).add_(rate * moments[:-1] / moments[-1].clamp_min(1))
         self.weight.mul_(1 - rate).add_(rate)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}"
+
+
+class MovingAverage(RunningMean, Baseline):
+    """A running mean of the cost over steps, as it stood before the current step (see :class:`RunningMean`).
+
+    Args:
+        decay: Weight of the past at each step, in [0, 1).
+
+    Raises:
+        ValueError: ``decay`` is out of range.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__(decay)
+
+    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        baseline = self.value
+        if self.training and torch.is_grad_enabled():
+            self.update(cost)
+        return baseline
 
 
 class LearnedBaseline(Baseline):
@@ -150,6 +173,11 @@ def create_baseline(
     """
     if baseline is None or isinstance(baseline, nn.Module):
         module = baseline
+    elif not isinstance(baseline, (str, Mapping)):
+        raise ValueError(
+            f"needed the name of a baseline, a mapping or a module, got {baseline!r}; "
+            f"{nearest(str(baseline), _BASELINES)}"
+        )
     else:
         options: dict[str, Any] = {"name": baseline} if isinstance(baseline, str) else dict(baseline)
         name = options.pop("name", None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from stochastic_layers.auxiliary import with_gradient_of
 from stochastic_layers.families import Family, create_family
 from stochastic_layers.registry import nearest
 
@@ -79,7 +80,7 @@ class Sample:
                 weights = weights.view(-1, *[1] * ndim)
             loss = (weights * cost).sum(0)
             terms = [sum_rightmost(term, ndim) for term in self.aux.values()]
-            if self.credit is not None:
+            if self.credit is not None and torch.is_grad_enabled():  # without gradients there is nothing to credit
                 terms.append(self.credit(cost))
             for term in terms:
                 loss = loss + (term - term.detach())  # value zero, so that only the gradient is added
@@ -218,6 +219,10 @@ class StochasticLayer(nn.Module, ABC):
     def forward(self, params: Tensor | Sequence[Tensor], context: Tensor | None = None) -> Tensor:
         """Draw z ``[*batch, out_features]`` (``[S, *batch, out_features]`` for more than one point).
 
+        Auxiliary losses (``Sample.aux``) are trained by the surrogate. Outside ``sl.capture()`` there is none: then
+        their means over the batch are added to the backward pass through z, at scale one. That is right for an
+        objective that is a mean over the batch; use ``sl.capture()`` for a sum, or under a gradient scaler (float16).
+
         Raises:
             RuntimeError: The layer needs the cost, is in training mode with gradients on, and no ``sl.capture()`` is
                 open, so that its gradient would silently be zero.
@@ -230,9 +235,12 @@ class StochasticLayer(nn.Module, ABC):
                 "`sl.surrogate(cost, samples).mean().backward()`, or call layer.eval() or torch.no_grad() to only draw."
             )
         sample = self.sample(params, context)
+        z = sample.z.squeeze(0) if sample.z.shape[0] == 1 else sample.z
         if samples is not None:
             samples.append(sample)
-        return sample.z.squeeze(0) if sample.z.shape[0] == 1 else sample.z
+        elif sample.aux and torch.is_grad_enabled():
+            z = with_gradient_of(z, sample.aux.values())
+        return z
 
     def _sample(
         self,

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
+from stochastic_layers.simplex_maps import entmax15, sparsemax
 
-__all__ = ["GumbelSoftmax", "TemperedLayer"]
+__all__ = ["EntmaxGumbel", "GumbelSoftmax", "TemperedLayer", "perturbed"]
+
+
+def perturbed(family: Family, params: Tensor, num_samples: int) -> Tensor:
+    """Logits plus noise, whose argmax (or sign) is an exact draw: ``[S, *batch, latent_dim(, num_categories)]``.
+
+    Gumbel noise for a categorical family; its difference, which is logistic, for bits.
+    """
+    shape = (num_samples, *params.shape)
+    if isinstance(family, CategoricalFamily):
+        log_exponential = torch.empty(shape, dtype=params.dtype, device=params.device).exponential_().log_()
+        return family.unflatten(params - log_exponential)
+    u = torch.rand(shape, dtype=params.dtype, device=params.device)
+    u = u.clamp_(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2)
+    return params + u.logit_()
 
 
 class TemperedLayer(StochasticLayer):
@@ -33,6 +49,9 @@ class TemperedLayer(StochasticLayer):
     """
 
     log_temperature: Tensor
+    lowest_temperature: ClassVar[float] = 0.0
+    highest_temperature: ClassVar[float] = math.inf
+    usual_temperatures: ClassVar[str] = "0.1 to 1"
 
     def __init__(
         self,
@@ -45,7 +64,7 @@ class TemperedLayer(StochasticLayer):
         learn_temperature: bool = False,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
-        value = torch.tensor([_log_of(temperature)])
+        value = torch.tensor([self._log_of(temperature)])
         if learn_temperature:
             self.log_temperature = nn.Parameter(value)
         else:
@@ -59,16 +78,17 @@ class TemperedLayer(StochasticLayer):
     @temperature.setter
     def temperature(self, value: float) -> None:
         with torch.no_grad():
-            self.log_temperature.fill_(_log_of(value))
+            self.log_temperature.fill_(self._log_of(value))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, temperature={float(self.temperature.detach()):.4g}"
 
-
-def _log_of(temperature: float) -> float:
-    if not 0 < float(temperature) < math.inf:
-        raise ValueError(f"needed temperature > 0, got {temperature}; 0.1 to 1 is usual.")
-    return math.log(float(temperature))
+    def _log_of(self, temperature: float) -> float:
+        low, high = self.lowest_temperature, self.highest_temperature
+        if not (0 < float(temperature) < math.inf and low <= float(temperature) <= high):
+            limits = ("> 0" if low == 0 else f">= {low:g}") + ("" if high == math.inf else f" and <= {high:g}")
+            raise ValueError(f"needed a temperature {limits}, got {temperature}; {self.usual_temperatures} is usual.")
+        return math.log(float(temperature))
 
 
 @register("gumbel_softmax")
@@ -109,7 +129,7 @@ class GumbelSoftmax(TemperedLayer):
 
     families = ("categorical", "bernoulli")
     unbiased = False
-    needs = ("cost_gradient", "relaxable_cost")
+    needs: ClassVar[tuple[str, ...]] = ("cost_gradient", "relaxable_cost")
     exact_draws = False
     reference = "Categorical Reparameterization with Gumbel-Softmax (Jang, Gu and Poole, 2016). https://arxiv.org/abs/1611.01144"
 
@@ -136,23 +156,101 @@ class GumbelSoftmax(TemperedLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        temperature = self.temperature.to(params.dtype)
-        shape = (self.num_samples, *params.shape)
+        scores = perturbed(self.family, params, self.num_samples)
+        tempered = scores / self.temperature.to(params.dtype)
+        # hard draws come from the scores and not from the soft draw, whose largest entries may tie after rounding
         if isinstance(self.family, CategoricalFamily):
-            noise = torch.empty(shape, dtype=params.dtype, device=params.device).exponential_().log_()
-            soft = (self.family.unflatten((params - noise) / temperature)).softmax(-1)
+            z = tempered.softmax(-1)
             if self.hard:
-                index = soft.detach().argmax(-1, keepdim=True)
-                hard = torch.zeros_like(soft).scatter_(-1, index, 1.0)
-                soft = hard + (soft - soft.detach())  # in this order the value is exactly one-hot
-            return self._sample(q, soft.flatten(-2))
-        u = torch.rand(shape, dtype=params.dtype, device=params.device)
-        u = u.clamp(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2)
-        score = (params + u.logit()) / temperature
-        soft = score.sigmoid()
+                index = scores.detach().argmax(-1, keepdim=True)
+                z = torch.zeros_like(z).scatter_(-1, index, 1.0) + (z - z.detach())  # in this order exactly one-hot
+            return self._sample(q, z.flatten(-2))
+        z = tempered.sigmoid()
         if self.hard:
-            soft = (score.detach() > 0).to(soft.dtype) + (soft - soft.detach())
-        return self._sample(q, soft)
+            z = (scores.detach() > 0).to(z.dtype) + (z - z.detach())
+        return self._sample(q, z)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hard={self.hard}"
+
+
+@register("entmax_gumbel")
+class EntmaxGumbel(TemperedLayer):
+    r"""Gumbel-entmax: Gumbel-softmax with a map onto the simplex that reaches its corners and edges.
+
+    .. math:: z = \alpha\text{-entmax}((l + G) / \tau), \qquad G_i = -\log E_i, \; E_i \sim \mathrm{Exp}(1)
+
+    Approximates the gradient of E_q[f] by that of the relaxed objective E[f(z)]: biased, the less so the lower the
+    temperature. Many draws are exactly one-hot already at moderate temperatures; those have no gradient. The cost must
+    accept points on the edges and inside of the simplex.
+
+    Args:
+        latent_dim: Number of latent variables.
+        num_categories: Number of categories of each variable.
+        family: ``"categorical"`` or ``"bernoulli"``.
+        num_samples: Number S of draws per example.
+        temperature: Temperature, positive; the limit 0 is the discrete law.
+        learn_temperature: Whether the temperature is a parameter.
+        alpha: 1.5 for entmax with a smooth boundary, 2 for sparsemax.
+
+    Raises:
+        ValueError: ``alpha`` is neither 1.5 nor 2, ``temperature <= 0``, or sizes that do not fit the family.
+
+    References:
+        Gradient Estimation with Stochastic Softmax Tricks (Max B. Paulus, Dami Choi, Daniel Tarlow, Andreas Krause,
+        Chris J. Maddison, 2020), https://arxiv.org/abs/2006.08063; Sparse Sequence-to-Sequence Models (Ben Peters, Vlad
+        Niculae, Andre F. T. Martins, 2019), https://arxiv.org/abs/1905.05702
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("entmax_gumbel", latent_dim=3, num_categories=4, alpha=2)
+        >>> z = layer(torch.zeros(5, 12))
+        >>> z.shape, bool((z == 0).any())
+        (torch.Size([5, 12]), True)
+    """
+
+    families = ("categorical", "bernoulli")
+    unbiased = False
+    needs = ("cost_gradient", "relaxable_cost")
+    exact_draws = False
+    reference = (
+        "Gradient Estimation with Stochastic Softmax Tricks (Paulus, Choi, Tarlow, Krause and Maddison, 2020). "
+        "https://arxiv.org/abs/2006.08063"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        num_categories: int | None = None,
+        family: str = "categorical",
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        alpha: float = 1.5,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+        )
+        if alpha not in (1.5, 2):
+            raise ValueError(f"needed alpha 1.5 (entmax) or 2 (sparsemax), got {alpha!r}; for 1 use 'gumbel_softmax'.")
+        self.alpha = float(alpha)
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        q = self.law(params)
+        scores = perturbed(self.family, params, self.num_samples) / self.temperature.to(params.dtype)
+        if isinstance(self.family, CategoricalFamily):
+            return self._sample(q, (entmax15(scores) if self.alpha == 1.5 else sparsemax(scores)).flatten(-2))
+        # the first coordinate of the map at (score, 0), in closed form; flat beyond the clamp as the map is
+        if self.alpha == 2:
+            return self._sample(q, (0.5 + 0.5 * scores).clamp(0, 1))
+        bounded = scores.clamp(-2, 2)
+        return self._sample(q, (bounded + (8 - bounded.square()).sqrt()).square() / 16)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, alpha={self.alpha:g}"

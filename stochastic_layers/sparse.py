@@ -10,41 +10,9 @@ from stochastic_layers.exact import JointLayer
 from stochastic_layers.families import CategoricalFamily, one_hot_categorical
 from stochastic_layers.layer import Sample
 from stochastic_layers.registry import register
+from stochastic_layers.simplex_maps import sparsemax
 
 __all__ = ["SparsemaxMarginalization", "sparsemax"]
-
-
-def sparsemax(scores: Tensor) -> Tensor:
-    r"""The point of the simplex nearest to the scores, along the last dimension.
-
-    .. math:: p = \max(s - \tau, 0), \qquad \tau \text{ such that } \sum_i p_i = 1
-
-    Scores more than 1 below the highest get probability 0 exactly. Differentiable; the gradient stays on the support.
-
-    Args:
-        scores: ``[..., C]``, finite.
-
-    Returns:
-        Probabilities ``[..., C]``.
-
-    References:
-        From Softmax to Sparsemax: A Sparse Model of Attention and Multi-Label Classification (André F. T. Martins,
-        Ramón Fernandez Astudillo, 2016), https://arxiv.org/abs/1602.02068
-
-    Example:
-        >>> import torch
-        >>> sparsemax(torch.tensor([0.5, 0.0, -1.0]))
-        tensor([0.7500, 0.2500, 0.0000])
-    """
-    scores = scores - scores.detach().amax(-1, keepdim=True)  # changes nothing; keeps the sums small
-    ranked = scores.detach().sort(-1, descending=True).values
-    rank = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype, device=scores.device)
-    size = (1 + rank * ranked > ranked.cumsum(-1)).sum(-1, keepdim=True)
-    threshold = (ranked.cumsum(-1).gather(-1, size - 1) - 1) / size
-    support = scores.detach() > threshold
-    # the threshold once more, now as a differentiable function of the scores on the support
-    threshold = ((scores * support).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
-    return torch.where(support, scores - threshold, 0.0).clamp_min(0.0)
 
 
 @register("sparsemax_marginalization")

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
+from stochastic_layers.relaxed import TemperedLayer
 
-__all__ = ["StraightThrough"]
+__all__ = ["DecoupledStraightThrough", "ReinMax", "StraightThrough", "probabilities"]
+
+
+def probabilities(family: Family, logits: Tensor) -> Tensor:
+    """Sigmoid of the logits of bits, softmax of those of categories; ``[..., out_features]``."""
+    if isinstance(family, CategoricalFamily):
+        return family.unflatten(logits).softmax(-1).flatten(-2)
+    return torch.sigmoid(logits)
 
 
 @register("straight_through")
@@ -61,9 +70,157 @@ class StraightThrough(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        if isinstance(self.family, CategoricalFamily):
-            probs = self.family.unflatten(params).softmax(-1).flatten(-2)
-        else:
-            probs = torch.sigmoid(params)
+        probs = probabilities(self.family, params)
         hard = self.family.sample(q, self.num_samples)
         return self._sample(q, hard + (probs - probs.detach()))  # in this order the value is exactly hard
+
+
+@register("decoupled_straight_through")
+class DecoupledStraightThrough(TemperedLayer):
+    r"""Decoupled straight-through: one temperature for the draw, another for the gradient.
+
+    .. math:: z \sim q = \mathrm{softmax}(l / \tau_f), \qquad
+        \nabla_l \approx \tfrac{1}{\tau_b} J(\mathrm{softmax}(l / \tau_b))^\top f'(z)
+
+    Approximates the gradient of E_q[f] by a first-order expansion of f at the draw. ``sampling_temperature``
+    :math:`\tau_f` is part of the model: it changes q, and ``distribution``, log-probabilities, KL and evaluation draws
+    follow it. ``temperature`` :math:`\tau_b` only spreads the gradient over the categories. With both equal this is
+    straight-through at the logits :math:`l / \tau_f`, and exact for f linear in z; otherwise biased.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"`` or ``"categorical"``.
+        num_categories: Number of categories of a categorical variable.
+        num_samples: Number S of draws per example.
+        temperature: Temperature of the backward pass; positive. It can be changed by assignment.
+        sampling_temperature: Temperature of the law q; positive and fixed.
+
+    Raises:
+        ValueError: A temperature is not positive and finite, or sizes that do not fit the family.
+
+    References:
+        Improving Discrete Optimisation Via Decoupled Straight-Through Estimator (Rushi Shah, Mingyuan Yan, Michael
+        Curtis Mozer, Dianbo Liu, 2024), https://arxiv.org/abs/2410.13331
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("decoupled_straight_through", latent_dim=1, temperature=2.0, sampling_temperature=0.5)
+        >>> layer.distribution(torch.ones(1)).base_dist.logits
+        tensor([2.])
+    """
+
+    families = ("bernoulli", "categorical")
+    unbiased = "when the cost is linear in z and both temperatures are equal"
+    needs = ("cost_gradient",)
+    reference = (
+        "Improving Discrete Optimisation Via Decoupled Straight-Through Estimator (Shah, Yan, Mozer and Liu, 2024). "
+        "https://arxiv.org/abs/2410.13331"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        sampling_temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+        )
+        if not 0 < float(sampling_temperature) < float("inf"):
+            raise ValueError(f"needed sampling_temperature > 0, got {sampling_temperature}; 1 leaves the law alone.")
+        self.sampling_temperature = float(sampling_temperature)
+
+    def law(self, params: Tensor) -> Distribution:
+        return self.family.distribution(params / self.sampling_temperature)
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        q = self.law(params)
+        hard = self.family.sample(q, self.num_samples)
+        soft = probabilities(self.family, params / self.temperature.to(params.dtype))
+        return self._sample(q, hard + (soft - soft.detach()))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sampling_temperature={self.sampling_temperature:g}"
+
+
+@register("reinmax")
+class ReinMax(TemperedLayer):
+    r"""ReinMax: straight-through of second order, by Heun's rule.
+
+    .. math:: \nabla_l \approx \left(2 J(\tfrac12 (p_\tau + z)) - \tfrac12 J(p)\right)^\top f'(z), \qquad
+        p_\tau = \mathrm{softmax}(l / \tau), \; J(p) = \mathrm{diag}(p) - p p^\top
+
+    Approximates the gradient of E_q[f]: exact for f quadratic in z at temperature 1, biased otherwise; on strongly
+    cubic costs it is no better than ``straight_through``, and its variance is larger. A temperature above 1
+    trades bias for variance. The cost is evaluated at exact draws of q only.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"`` or ``"categorical"``.
+        num_categories: Number of categories of a categorical variable.
+        num_samples: Number S of draws per example.
+        temperature: At least 1.
+
+    Raises:
+        ValueError: ``temperature < 1``, or sizes that do not fit the family.
+
+    References:
+        Bridging Discrete and Backpropagation: Straight-Through and Beyond (Liyuan Liu, Chengyu Dong, Xiaodong Liu, Bin
+        Yu, Jianfeng Gao, 2023), https://arxiv.org/abs/2304.08612
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("reinmax", latent_dim=3, family="categorical", num_categories=4)
+        >>> z = layer(torch.zeros(5, 12))
+        >>> z.shape, z.unique().tolist()
+        (torch.Size([5, 12]), [0.0, 1.0])
+    """
+
+    families = ("bernoulli", "categorical")
+    unbiased = "when the cost is quadratic in z and the temperature is 1"
+    needs = ("cost_gradient",)
+    reference = (
+        "Bridging Discrete and Backpropagation: Straight-Through and Beyond (Liu, Dong, Liu, Yu and Gao, 2023). "
+        "https://arxiv.org/abs/2304.08612"
+    )
+    lowest_temperature = 1.0
+    usual_temperatures = "1 to 1.5"
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+        )
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        q = self.law(params)
+        hard = self.family.sample(q, self.num_samples)
+        probs = probabilities(self.family, params)
+        # 2 J(m) = 2 diag(m) - 2 m m' applied to a zero that carries the gradient of the logits; m = middle / 2
+        middle = hard + probabilities(self.family, params.detach() / self.temperature.to(params.dtype))
+        zero = params - params.detach()
+        if isinstance(self.family, CategoricalFamily):
+            middle, zero = self.family.unflatten(middle), self.family.unflatten(zero)
+            heun = (middle * (zero - 0.5 * (middle * zero).sum(-1, keepdim=True))).flatten(-2)
+        else:
+            heun = middle * (1 - 0.5 * middle) * zero
+        return self._sample(q, hard + (heun - 0.5 * (probs - probs.detach())))

@@ -2,16 +2,8 @@
 
 from stochastic_layers.testing.certificate import Certificate, Row
 from stochastic_layers.testing.conformance import CHECKS, check_layer
-from stochastic_layers.testing.exact import (
-    COSTS,
-    Moments,
-    PolynomialCost,
-    check_mean,
-    enumerate_outcomes,
-    exact_value,
-    measure,
-    measure_all,
-)
+from stochastic_layers.testing.exact import COSTS, PolynomialCost, check_law, enumerate_outcomes, exact_value
+from stochastic_layers.testing.moments import Moments, check_mean, measure, measure_all
 
 __all__ = [
     "CHECKS",
@@ -20,6 +12,7 @@ __all__ = [
     "Moments",
     "PolynomialCost",
     "Row",
+    "check_law",
     "check_layer",
     "check_mean",
     "enumerate_outcomes",

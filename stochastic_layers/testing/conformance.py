@@ -12,7 +12,8 @@ from stochastic_layers.layer import StochasticLayer
 from stochastic_layers.registry import nearest
 from stochastic_layers.testing import contract, honesty, laws, means, refusals
 from stochastic_layers.testing.certificate import Certificate, Row
-from stochastic_layers.testing.exact import Expectation, exact_value
+from stochastic_layers.testing.exact import exact_value
+from stochastic_layers.testing.moments import Expectation
 from stochastic_layers.testing.subject import NotApplicable, Subject
 
 __all__ = ["CHECKS", "check_layer"]

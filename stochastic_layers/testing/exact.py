@@ -1,32 +1,23 @@
-"""Proof by enumeration: exact expectations, polynomial costs, and tests of a layer's gradient with stated power."""
+"""Proof by enumeration: polynomial costs, their exact expectations, and a test of the law of a layer's draws."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent
 
+from stochastic_layers.codes import Codes
+from stochastic_layers.invertible_gaussian import InvertibleGaussianDistribution, InvertibleGaussianFamily
 from stochastic_layers.layer import StochasticLayer
+from stochastic_layers.point_mass import QuantizedFamily
 
-__all__ = [
-    "COSTS",
-    "QUANTITIES",
-    "Moments",
-    "PolynomialCost",
-    "check_mean",
-    "enumerate_outcomes",
-    "exact_value",
-    "measure",
-    "measure_all",
-]
+__all__ = ["COSTS", "PolynomialCost", "check_law", "enumerate_outcomes", "exact_value"]
 
 COSTS = ("constant", "linear", "quadratic", "cubic", "asymmetric")
-QUANTITIES = ("encoder", "decoder", "value")
-Expectation = Callable[[StochasticLayer, Tensor, nn.Module], Tensor]
 
 
 class PolynomialCost(nn.Module):
@@ -69,227 +60,97 @@ class PolynomialCost(nn.Module):
 def enumerate_outcomes(layer: StochasticLayer) -> Tensor:
     """Every outcome of a discrete layer's z: ``[N, out_features]``."""
     family = layer.family
-    if not family.discrete:
-        raise ValueError(f"needed a discrete family, got {family.name!r}.")
+    if isinstance(family, QuantizedFamily):
+        codes = family.codes.decode(_all_indices(family.codes), torch.float64)
+        return torch.stack([torch.cat(rows) for rows in itertools.product(codes, repeat=family.latent_dim)])
+    if family.name not in ("bernoulli", "categorical"):
+        raise ValueError(f"needed a family with finitely many outcomes, got {family.name!r}.")
     if family.num_categories is None:
         return torch.tensor(list(itertools.product((0.0, 1.0), repeat=family.latent_dim)), dtype=torch.float64)
     eye = torch.eye(family.num_categories, dtype=torch.float64)
     return torch.stack([torch.cat(rows) for rows in itertools.product(eye, repeat=family.latent_dim)])
 
 
+def _all_indices(codes: Codes) -> Tensor:
+    every = itertools.product(range(codes.num_codes), repeat=math.prod(codes.index_shape))
+    return torch.tensor(list(every)).view(-1, *codes.index_shape)
+
+
 def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tensor], Tensor]) -> Tensor:
     """E_q[cost] ``[*batch]``, exact and differentiable: its autograd gradient is what an unbiased layer estimates.
 
-    Discrete families are summed over all outcomes; the Gaussian family is integrated by Gauss-Hermite quadrature, which
-    is exact for the polynomial costs.
+    Families with finitely many outcomes are summed over them. The others are summed over the product of a rule for each
+    coordinate, of which the Gaussian's is exact for the polynomial costs and the others' are to rounding error.
     """
     family = layer.family
     batch = params.shape[:-1]
-    if family.discrete:
+    if family.name in ("bernoulli", "categorical") or isinstance(family, QuantizedFamily):
         outcomes = enumerate_outcomes(layer).to(params.dtype)
         z = outcomes.view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)  # [N, *batch, out]
         return (family.log_prob(layer.law(params), z).exp() * cost_fn(z)).sum(0)
-    if family.name != "gaussian":
-        raise ValueError(f"needed a discrete or the gaussian family, got {family.name!r}.")
+    nodes, weights = _rule(layer, params)  # [n, *batch, D]
+    index = torch.cartesian_prod(*[torch.arange(nodes.shape[0])] * nodes.shape[-1]).view(-1, nodes.shape[-1])
+    index = index.view(-1, *[1] * len(batch), nodes.shape[-1]).expand(-1, *batch, -1)  # [n^D, *batch, D]
+    z = nodes.gather(0, index)
+    if isinstance(family, InvertibleGaussianFamily):
+        law = layer.distribution(params)
+        assert isinstance(law, Independent) and isinstance(law.base_dist, InvertibleGaussianDistribution)
+        z = law.base_dist.to_simplex(z.reshape(*z.shape[:-1], family.latent_dim, -1)).flatten(-2)
+    return (weights.gather(0, index).prod(-1) * cost_fn(z)).sum(0)
+
+
+def _rule(layer: StochasticLayer, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights ``[n, *batch, D]`` that integrate over each coordinate, differentiable in params."""
     import numpy as np
 
-    nodes, node_weights = (torch.from_numpy(a).to(params.dtype) for a in np.polynomial.hermite_e.hermegauss(6))
-    grid = torch.cartesian_prod(*[nodes] * family.latent_dim).view(-1, family.latent_dim)
-    weights = torch.cartesian_prod(*[node_weights] * family.latent_dim).view(-1, family.latent_dim).prod(-1)
-    weights = weights / math.sqrt(2 * math.pi) ** family.latent_dim
-    loc, log_variance = params.chunk(2, -1)
-    shape = (-1, *[1] * len(batch))
-    z = loc + (0.5 * log_variance).exp() * grid.view(*shape, family.latent_dim)
-    return (weights.view(shape) * cost_fn(z)).sum(0)
+    family, q = layer.family, layer.distribution(params)
+    column = (-1, *[1] * params.dim())
+    if family.name in ("gaussian", "invertible_gaussian"):  # Gauss-Hermite
+        points = np.polynomial.hermite_e.hermegauss(6 if family.name == "gaussian" else 40)
+        x, w = (torch.from_numpy(a).to(params.dtype).view(column) for a in points)
+        loc, log_variance = params.chunk(2, -1)
+        nodes = loc + (0.5 * log_variance).exp() * x
+        return nodes, (w / w.sum()).expand_as(nodes)
+    if family.name == "poisson":
+        highest = float(q.mean.detach().max())
+        counts = torch.arange(int(highest + 12 * math.sqrt(highest) + 25), dtype=params.dtype)
+        nodes = counts.view(column).expand(-1, *params.shape)
+        assert isinstance(q, Independent)
+        return nodes, q.base_dist.log_prob(nodes).exp()
+    if family.name == "hard_concrete":  # the atoms, and Gauss-Legendre in z between them
+        assert isinstance(q, Independent)
+        x, w = (torch.from_numpy(a).to(params.dtype) for a in np.polynomial.legendre.leggauss(60))
+        nodes = torch.cat([torch.zeros(1), 0.5 + 0.5 * x, torch.ones(1)]).to(params.dtype)
+        nodes = nodes.view(column).expand(-1, *params.shape)
+        weights = torch.cat([torch.ones(1), 0.5 * w, torch.ones(1)]).to(params.dtype).view(column)
+        return nodes, weights * q.base_dist.log_prob(nodes).exp()
+    raise ValueError(f"needed a family whose expectations can be computed, got {family.name!r}.")
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Sample moments of a gradient estimator against the exact gradient, per coordinate.
-
-    Attributes:
-        mean: Mean of the draws.
-        standard_error: Standard error of that mean.
-        exact: The exact gradient.
-        num_draws: Number of draws.
-        projection: Mean and standard error of <draw, exact> / <exact, exact>, which is 1 for an unbiased estimator.
-    """
-
-    mean: Tensor
-    standard_error: Tensor
-    exact: Tensor
-    num_draws: int
-    projection: tuple[float, float]
-
-    @property
-    def largest_z(self) -> float:
-        """Largest deviation from the exact gradient in standard errors, over the coordinates and the projection.
-
-        Coordinates without any spread (exact up to rounding) are compared with the rounding error of float64.
-        """
-        rounding = 1e-12 * (1 + self.exact.abs())
-        z = float(((self.mean - self.exact) / (self.standard_error + rounding)).abs().max())
-        value, error = self.projection
-        return max(z, abs(value - 1) / (error + 1e-12)) if math.isfinite(value) else z
-
-    @property
-    def relative_bias(self) -> float:
-        """Norm of the difference of the means over the norm of the exact gradient."""
-        return float((self.mean - self.exact).norm() / self.exact.norm().clamp_min(1e-300))
-
-
-def measure(
-    layer: StochasticLayer,
-    params: Tensor,
-    cost_fn: nn.Module,
-    *,
-    num_draws: int,
-    of: str = "encoder",
-    context: Tensor | None = None,
-    chunk_size: int = 20_000,
-) -> Moments:
-    """Draw a layer's gradient many times and compare it with the exact one.
+def check_law(layer: StochasticLayer, params: Tensor, *, num_draws: int = 50_000, false_alarm: float = 1e-6) -> None:
+    """Assert by a chi-square test that the draws z of a layer follow q, jointly over its latent variables.
 
     Args:
-        layer: The layer, in training mode.
-        params: ``[B, in_features]`` in float64.
-        cost_fn: A module of z; its parameter ``theta`` plays the decoder.
+        layer: A layer of a family with finitely many outcomes, in training or evaluation mode.
+        params: ``[in_features]``, of one law.
         num_draws: Number of draws.
-        of: ``"encoder"`` for d/d params, ``"decoder"`` for d/d theta, ``"value"`` for the reported estimate itself.
-        context: Context for a learned baseline ``[B, F]``.
-        chunk_size: Draws in one batched pass.
-    """
-    return measure_all(layer, params, cost_fn, num_draws=num_draws, of=(of,), context=context, chunk_size=chunk_size)[
-        of
-    ]
-
-
-def measure_all(
-    layer: StochasticLayer,
-    params: Tensor,
-    cost_fn: nn.Module,
-    *,
-    num_draws: int,
-    of: Sequence[str] = QUANTITIES,
-    context: Tensor | None = None,
-    chunk_size: int = 20_000,
-    expectation: Expectation | None = None,
-) -> dict[str, Moments]:
-    """As :func:`measure`, for several of ``"encoder"``, ``"decoder"`` and ``"value"`` from the same draws.
-
-    Args:
-        layer: The layer, in training mode.
-        params: ``[*batch, in_features]`` in float64.
-        cost_fn: A module of z; its parameter ``theta`` plays the decoder. It may sum trailing batch dimensions.
-        num_draws: Number of draws.
-        of: The quantities.
-        context: Context for a learned baseline ``[*batch, F]``.
-        chunk_size: Draws in one batched pass.
-        expectation: What computes E_q[cost], differentiable in params and theta; by default :func:`exact_value`.
-    """
-    leaf = params.detach().clone().requires_grad_()
-    value = (expectation or exact_value)(layer, leaf, cost_fn)
-    theta = next(cost_fn.parameters())
-    targets = {"encoder": leaf, "decoder": theta}
-    running: dict[str, _Running] = {}
-    for name in of:
-        if name == "value":
-            running[name] = _Running(value.detach())
-        else:
-            (exact,) = torch.autograd.grad(value.sum(), targets[name], retain_graph=True, allow_unused=True)
-            running[name] = _Running(torch.zeros_like(targets[name]) if exact is None else exact)
-    count = 0
-    while count < num_draws:
-        draws = min(chunk_size, num_draws - count)
-        expanded = params.detach().expand(draws, *params.shape).clone().requires_grad_()
-        sample = layer.sample(expanded, None if context is None else context.expand(draws, *context.shape))
-        # one copy of theta per draw, so that one backward gives every draw's gradient
-        copies = theta.detach().expand(draws, *[1] * (params.dim() - 1), -1).clone().requires_grad_()
-        loss = sample.surrogate(torch.func.functional_call(cost_fn, {"theta": copies}, (sample.z,)))
-        sources = {"encoder": expanded, "decoder": copies}
-        wanted = [name for name in of if name != "value"]
-        grads: list[Tensor | None] = [None] * len(wanted)
-        if wanted and loss.requires_grad:
-            grads = list(torch.autograd.grad(loss.sum(), [sources[name] for name in wanted], allow_unused=True))
-        found = {
-            name: torch.zeros_like(sources[name]) if g is None else g for name, g in zip(wanted, grads, strict=True)
-        }
-        if "decoder" in found:
-            found["decoder"] = found["decoder"].flatten(1)
-        found["value"] = loss.detach()
-        for name in of:
-            running[name].update(found[name])
-        count += draws
-    return {name: running[name].moments() for name in of}
-
-
-class _Running:
-    """Sums over draws of a quantity's deviation from the exact one, of its square, and of its projection."""
-
-    def __init__(self, exact: Tensor) -> None:
-        self.exact = exact
-        self.norm = float(exact.square().sum())
-        if self.norm < 1e-24:  # rounding of an exact zero, along which no projection means anything
-            self.norm = 0.0
-        self.total, self.squares = torch.zeros_like(exact), torch.zeros_like(exact)
-        self.along, self.along_squares, self.count = 0.0, 0.0, 0
-
-    def update(self, draws: Tensor) -> None:
-        """Add draws ``[n, *shape]``."""
-        draws = draws - self.exact  # what has no spread then has none in the sums either
-        self.total += draws.sum(0)
-        self.squares += draws.square().sum(0)
-        self.count += draws.shape[0]
-        if self.norm > 0:
-            along = draws.flatten(1) @ self.exact.flatten() / self.norm
-            self.along += float(along.sum())
-            self.along_squares += float(along.square().sum())
-
-    def moments(self) -> Moments:
-        """The moments so far."""
-        count = self.count
-        deviation = self.total / count
-        variance = (self.squares / count - deviation.square()).clamp_min(0) * count / (count - 1)
-        center = self.along / count
-        spread = math.sqrt(max(self.along_squares / count - center**2, 0.0) / count)
-        return Moments(
-            mean=self.exact + deviation,
-            standard_error=(variance / count).sqrt(),
-            exact=self.exact,
-            num_draws=count,
-            projection=(1 + center, spread) if self.norm > 0 else (math.nan, math.nan),
-        )
-
-
-def check_mean(
-    layer: StochasticLayer,
-    params: Tensor,
-    cost_fn: nn.Module,
-    *,
-    of: str = "encoder",
-    context: Tensor | None = None,
-    visible_bias: float = 0.05,
-    max_draws: int = 4_000_000,
-) -> Moments:
-    """Assert that the mean of a layer's gradient (or value) is the exact one, with the power to see a small bias.
-
-    Draws until a bias of ``visible_bias`` of the gradient's norm along the gradient would stand 8 standard errors out,
-    then demands that no coordinate, nor the projection, is off by more than 5. False alarms: 6e-7 per coordinate. Power
-    against such a bias: 0.998.
+        false_alarm: Probability that the test fails although the draws follow q.
 
     Raises:
-        AssertionError: The mean is off, or the power is not reached within ``max_draws``.
+        AssertionError: z is no outcome of the family, or the frequencies are off.
     """
-    pilot = measure(layer, params, cost_fn, num_draws=20_000, of=of, context=context)
-    error = pilot.projection[1]
-    if math.isfinite(error):
-        needed = int(pilot.num_draws * (8 * error / visible_bias) ** 2 * 1.2) + 20_000
-        assert needed <= max_draws, f"a bias of {visible_bias:g} would need {needed} draws, more than {max_draws}"
-        result = measure(layer, params, cost_fn, num_draws=needed, of=of, context=context)
-    else:  # the exact gradient is zero: any mean counts
-        result = pilot
-    assert result.largest_z < 5, (
-        f"{layer}: the mean of {of} is {result.largest_z:.1f} standard errors off after {result.num_draws} draws "
-        f"(relative difference {result.relative_bias:.3g}): got {result.mean.tolist()}, exact {result.exact.tolist()}"
-    )
-    return result
+    outcomes = enumerate_outcomes(layer)
+    with torch.no_grad():
+        z = layer.sample(params.expand(num_draws, -1)).z[0].to(outcomes.dtype)  # coupled layers: one point
+        probs = layer.family.log_prob(layer.distribution(params.to(outcomes.dtype)), outcomes).exp()
+    matches = torch.cdist(z, outcomes, p=1) == 0  # [draws, outcomes]
+    assert bool(matches.any(-1).all()), f"{layer}: some draws are no outcome of {layer.family.name!r}"
+    counts, expected = matches.sum(0).to(probs.dtype), probs * z.shape[0]
+    rare = expected < 5  # pooled, as the chi-square law is an approximation for large counts
+    counts = torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)])
+    expected = torch.cat([expected[~rare], expected[rare].sum(0, keepdim=True)])
+    assert bool((counts[expected == 0] == 0).all()), f"{layer}: drew an outcome of probability zero"
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected).square() / expected).sum()
+    p_value = float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=probs.dtype), statistic / 2))
+    assert p_value > false_alarm, f"{layer}: the draws do not follow q, p = {p_value:.2g}: {counts} against {expected}"

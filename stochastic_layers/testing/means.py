@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from stochastic_layers.layer import StochasticLayer
 from stochastic_layers.testing.certificate import Row
-from stochastic_layers.testing.exact import COSTS, QUANTITIES, Moments, PolynomialCost, measure_all
+from stochastic_layers.testing.exact import COSTS, PolynomialCost
 from stochastic_layers.testing.honesty import SummedCost
+from stochastic_layers.testing.moments import QUANTITIES, Moments, measure_all
 from stochastic_layers.testing.subject import NotApplicable, Subject
 
 __all__ = ["gradients"]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from stochastic_layers.families import takes_categories
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import create, layer_class
-from stochastic_layers.testing.exact import Expectation, PolynomialCost, exact_value
+from stochastic_layers.testing.exact import PolynomialCost, exact_value
+from stochastic_layers.testing.moments import Expectation
 
 __all__ = ["NotApplicable", "Step", "Subject", "close", "step"]
 

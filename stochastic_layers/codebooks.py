@@ -1,0 +1,189 @@
+"""A learned codebook: nearest neighbours, moving averages, k-means at the start, revival of dead codes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stochastic_layers.codes import Codes, check_positive_int
+
+__all__ = ["Codebook"]
+
+ROWS_PER_CODE = 256  # k-means looks at no more rows than this for each code; more do not move centroids visibly
+KMEANS_STEPS = 10
+
+
+class Codebook(Codes):
+    """Code vectors that follow the vectors assigned to them by moving averages; state in buffers, no parameters.
+
+    All ranks of ``torch.distributed`` hold the same codebook: sums and counts are added over the ranks, the rows that
+    start or revive codes are drawn by rank 0 out of the joined batch, in the order of the ranks. Nothing changes in
+    ``eval()`` or under ``torch.no_grad()``.
+
+    Args:
+        code_dim: Size D of a code vector.
+        num_codes: Number K of codes.
+        decay: Weight of the past in the moving averages, in [0, 1).
+        revive_below: A code is dead, and is replaced by a random row of the batch, when the moving average of its
+            count falls below this fraction of the mean over all codes; 0 for never.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    vectors: Tensor
+    counts: Tensor
+    sums: Tensor
+    initialized: Tensor
+
+    def __init__(self, code_dim: int, num_codes: int, *, decay: float = 0.99, revive_below: float = 0.01) -> None:
+        super().__init__()
+        self.code_dim = check_positive_int("code_dim", code_dim)
+        self.num_codes = check_positive_int("num_codes", num_codes)
+        if num_codes < 2:
+            raise ValueError(f"needed num_codes >= 2, got {num_codes}.")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"needed 0 <= decay < 1, got {decay}.")
+        if not 0.0 <= revive_below < 1.0:
+            raise ValueError(f"needed 0 <= revive_below < 1, got {revive_below}; 1 is the count of an average code.")
+        self.decay, self.revive_below = decay, revive_below
+        vectors = torch.randn(num_codes, code_dim)
+        self.register_buffer("vectors", vectors)
+        self.register_buffer("counts", torch.ones(num_codes))
+        self.register_buffer("sums", vectors.clone())
+        self.register_buffer("initialized", torch.zeros(1, dtype=torch.bool))
+
+    def indices(self, x: Tensor) -> Tensor:
+        vectors = self.vectors.to(x.dtype)
+        # |x - c|^2 less |x|^2, which is the same for all codes
+        scores = torch.addmm(vectors.square().sum(-1), x.detach().reshape(-1, self.code_dim), vectors.t(), alpha=-2)
+        return scores.argmin(-1).view(x.shape[:-1])
+
+    def decode(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        self.check_indices(indices)
+        return self.vectors[indices].to(dtype or self.vectors.dtype)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """k-means on the first batch ``[N, D]``; later calls return at once."""
+        _initialize(self.vectors, self.counts, self.sums, self.initialized, x.detach())
+
+    @torch.no_grad()
+    def update(self, x: Tensor, indices: Tensor) -> None:
+        """Moving averages of the vectors ``[N, D]`` that were assigned to each code ``[N]``, then revival."""
+        _update(
+            self.vectors, self.counts, self.sums, self.initialized, x.detach(), indices, self.decay, self.revive_below
+        )
+
+
+# The two updates branch on values and may talk to other ranks. As operators they are opaque to torch.compile, so that
+# a layer with a codebook still compiles into one graph.
+
+
+@torch.library.custom_op(
+    "stochastic_layers::initialize_codebook",
+    mutates_args=("vectors", "counts", "sums", "initialized"),
+    schema="(Tensor(a!) vectors, Tensor(b!) counts, Tensor(c!) sums, Tensor(d!) initialized, Tensor x) -> ()",
+)
+def _initialize(vectors: Tensor, counts: Tensor, sums: Tensor, initialized: Tensor, x: Tensor) -> None:
+    if bool(initialized):
+        return
+    rows = _joined(x.to(vectors.dtype))
+    if len(rows) == 0:
+        return
+    order = _random_order(rows)
+    rows = rows[order[: ROWS_PER_CODE * len(vectors)]]
+    centers = rows[torch.arange(len(vectors), device=rows.device) % len(rows)]
+    totals, sizes = _totals(centers, rows, _nearest(rows, centers))
+    for _ in range(KMEANS_STEPS):
+        centers = torch.where(sizes[:, None] > 0, totals / sizes[:, None].clamp_min(1), centers)
+        totals, sizes = _totals(centers, rows, _nearest(rows, centers))
+    # an empty cluster has count 0 and is revived in the first update
+    vectors.copy_(_from_rank_zero(centers))
+    counts.copy_(_from_rank_zero(sizes))
+    sums.copy_(vectors * counts[:, None])
+    initialized.fill_(True)
+
+
+@torch.library.custom_op(
+    "stochastic_layers::update_codebook",
+    mutates_args=("vectors", "counts", "sums"),
+    schema=(
+        "(Tensor(a!) vectors, Tensor(b!) counts, Tensor(c!) sums, Tensor initialized, Tensor x, Tensor indices, "
+        "float decay, float revive_below) -> ()"
+    ),
+)
+def _update(
+    vectors: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    initialized: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    decay: float,
+    revive_below: float,
+) -> None:
+    x = x.to(vectors.dtype)
+    totals, sizes = _totals(vectors, x, indices)
+    if _distributed():
+        joined = torch.cat([totals, sizes[:, None]], 1)
+        dist.all_reduce(joined)
+        totals, sizes = joined[:, :-1], joined[:, -1]
+    if not bool(initialized) or not bool(sizes.sum() > 0):  # an empty batch changes nothing
+        return
+    counts.mul_(decay).add_(sizes, alpha=1 - decay)
+    sums.mul_(decay).add_(totals, alpha=1 - decay)
+    # a code that nothing was assigned to stays exactly where it is: its sum and count shrink alike
+    vectors.copy_(torch.where(sizes[:, None] > 0, sums / counts[:, None].clamp_min(1e-30), vectors))
+    if revive_below == 0:
+        return
+    mean = counts.mean()
+    dead = counts < revive_below * mean  # the same on every rank, so that all of them meet in the collectives below
+    if not bool(dead.any()):
+        return
+    rows = _joined(x)
+    order = _random_order(rows)
+    picked = rows[order[torch.arange(int(dead.sum()), device=rows.device) % len(rows)]]
+    vectors[dead] = picked
+    counts[dead] = mean
+    sums[dead] = picked * mean
+
+
+def _nearest(rows: Tensor, centers: Tensor) -> Tensor:
+    return torch.addmm(centers.square().sum(-1), rows, centers.t(), alpha=-2).argmin(-1)
+
+
+def _totals(centers: Tensor, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each code ``[K, D]``, and their number ``[K]``."""
+    totals = torch.zeros_like(centers).index_add_(0, indices, rows)
+    return totals, torch.bincount(indices, minlength=len(centers)).to(centers.dtype)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _joined(x: Tensor) -> Tensor:
+    """The rows of all ranks, rank by rank; the ranks may hold different numbers of rows."""
+    if not _distributed():
+        return x
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    lengths = [int(size) for size in sizes]
+    padded = x.new_zeros(max(lengths), x.shape[1])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+def _random_order(rows: Tensor) -> Tensor:
+    return _from_rank_zero(torch.randperm(len(rows), device=rows.device))
+
+
+def _from_rank_zero(tensor: Tensor) -> Tensor:
+    if _distributed():
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, 0)
+    return tensor

@@ -1,0 +1,344 @@
+"""Coupled layers of bits: several exact draws that disagree on purpose, so that differences of their costs say more."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from stochastic_layers.binary_codes import Decoder, decode_tree, ordered_sticks, tree_logits
+from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.registry import register
+
+__all__ = ["ARM", "ARMS", "DisARM", "DisARMBase", "DisARMTree", "PairLayer", "copula_bits", "independence_ratio"]
+
+
+def copula_bits(logits: Tensor, num_samples: int) -> Tensor:
+    """K draws of bits that are exact one by one, and mutually antithetic: K uniforms from a Dirichlet copula.
+
+    Args:
+        logits: ``[...]``.
+        num_samples: Number K of draws, at least 2.
+
+    Returns:
+        Bits ``[K, ...]`` of the dtype of logits, without gradient.
+    """
+    logits = logits.detach()
+    shape = (num_samples, *logits.shape)
+    e = torch.empty(shape, dtype=logits.dtype, device=logits.device).exponential_()
+    finfo = torch.finfo(logits.dtype)
+    others = 1 - e / e.sum(0).clamp_min(finfo.tiny)  # 1 - Dirichlet(1, ..., 1); its power K - 1 is uniform
+    log_u = (num_samples - 1) * others.clamp_min(finfo.eps / 2).log()
+    rare = log_u < logsigmoid(-logits.abs())  # the event of probability min(p, 1 - p): the copula's sharp corner
+    return torch.where(logits > 0, ~rare, rare).to(logits.dtype)
+
+
+def independence_ratio(logits: Tensor, num_samples: int) -> Tensor:
+    r"""The ratio :math:`p(1-p) / (p - P(b_i = b_j = 1))` of two draws of :func:`copula_bits`.
+
+    It is q(1)q(0) / P(b_i = 1, b_j = 0), the weight that makes a pair that disagrees as good as an independent one.
+    With :math:`m = \min(p, 1-p)` it is :math:`(1-m) / (1 - \max(0, 2 - m^{-1/(K-1)})^{K-1})`, which is
+    :math:`\max(p, 1-p)` for K = 2.
+
+    Args:
+        logits: ``[...]``.
+        num_samples: Number K of draws.
+
+    Returns:
+        ``[...]``, between 1/2 and 1, without gradient.
+    """
+    magnitude = logits.detach().abs()
+    root = torch.exp(-logsigmoid(-magnitude) / (num_samples - 1))  # infinite for a bit that never disagrees: fine
+    return torch.sigmoid(magnitude) / (1 - (2 - root).clamp_min(0) ** (num_samples - 1))
+
+
+def _antithetic_noise(logits: Tensor, num_pairs: int) -> Tensor:
+    """Uniforms ``[P, ...]``, off 0 and 1 by as much on both sides, so that u and 1 - u have the same law."""
+    u = torch.rand(num_pairs, *logits.shape, dtype=logits.dtype, device=logits.device)
+    half = torch.finfo(u.dtype).eps / 2
+    return u.clamp(half, 1 - half)
+
+
+def _antithetic_bits(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits 1[u > 1 - p] and 1[u < p], each an exact draw, compared in logits."""
+    noise, logits = u.logit(), logits.detach()
+    return (noise > -logits).to(u.dtype), (noise < logits).to(u.dtype)
+
+
+def _pair_credit(logits: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Credit of the estimator ``(cost of the first - cost of the second) * weight``, averaged over the P pairs.
+
+    Args:
+        logits: ``[*batch, ...]`` with graph.
+        weight: ``[P, *batch, ...]``.
+    """
+
+    def credit(cost: Tensor) -> Tensor:
+        first, second = cost.detach().chunk(2)
+        return ((first - second) * sum_rightmost(weight * logits, cost.dim())).mean(0)
+
+    return credit
+
+
+class PairLayer(StochasticLayer):
+    """Base of layers whose points come in antithetic pairs: point k and point S/2 + k.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: Name of the distribution family.
+        num_categories: Number of categories of each variable of a categorical family.
+        num_samples: Number S of points, two for each pair.
+
+    Raises:
+        ValueError: ``num_samples`` is odd.
+    """
+
+    def __init__(
+        self, latent_dim: int, *, family: str, num_categories: int | None = None, num_samples: int = 2
+    ) -> None:
+        super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+        if num_samples % 2:
+            raise ValueError(
+                f"needed an even num_samples, two points for each antithetic pair, got {num_samples}; pass "
+                f"{num_samples + 1}, or use 'arms' or 'carms', which take any number from 2."
+            )
+
+
+@register("arm")
+class ARM(PairLayer):
+    r"""ARM: augment-REINFORCE-merge, the antithetic pair of a bit with its uniform noise; kept for reference.
+
+    .. math:: \nabla_\phi E_q[f] \approx (f(1[u > 1-\theta]) - f(1[u < \theta])) (u - \tfrac12), \quad u \sim U(0, 1)
+
+    Unbiased for any cost. :class:`DisARM` is its conditional expectation given the two points: same cost, never more
+    variance. Both points are exact draws of q, and both enter the value and the decoder's gradient.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"``.
+        num_samples: Number S of points, even: S/2 pairs, averaged.
+
+    Raises:
+        ValueError: ``num_samples`` is odd.
+
+    References:
+        ARM: Augment-REINFORCE-Merge Gradient for Stochastic Binary Networks (Mingzhang Yin, Mingyuan Zhou, 2018),
+        https://arxiv.org/abs/1807.11143
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("arm", latent_dim=3)
+        >>> layer.sample(torch.zeros(5, 3)).z.shape
+        torch.Size([2, 5, 3])
+    """
+
+    families = ("bernoulli",)
+    unbiased = True
+    needs = ("cost",)
+    reference = (
+        "ARM: Augment-REINFORCE-Merge Gradient for Stochastic Binary Networks (Yin and Zhou, 2018). "
+        "https://arxiv.org/abs/1807.11143"
+    )
+
+    def __init__(self, latent_dim: int, *, family: str = "bernoulli", num_samples: int = 2) -> None:
+        super().__init__(latent_dim, family=family, num_samples=num_samples)
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        u = _antithetic_noise(params, self.num_samples // 2)
+        z = torch.cat(_antithetic_bits(params, u))
+        return self._sample(self.law(params), z, credit=_pair_credit(params, u - 0.5))
+
+
+class DisARMBase(PairLayer):
+    """Base of DisARM layers: a subclass says by which bits its variables are written."""
+
+    @abstractmethod
+    def code(self, params: Tensor) -> tuple[Tensor, Decoder]:
+        """Bit logits ``[*batch, ...]`` with graph, and the function from bits to z and the bits that it looked at."""
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        logits, decode = self.code(params)
+        b, b_tilde = _antithetic_bits(logits, _antithetic_noise(logits, self.num_samples // 2))
+        (z, reached), (z_tilde, reached_tilde) = decode(b), decode(b_tilde)
+        # a bit that neither point looked at is a fair sign: its conditional expectation is zero
+        looked_at = torch.maximum(reached, reached_tilde)
+        weight = 0.5 * (b - b_tilde) * torch.sigmoid(logits.detach().abs()) * looked_at
+        z = torch.cat([z, z_tilde])
+        if isinstance(self.family, CategoricalFamily):
+            z = z.flatten(-2)
+        return self._sample(self.law(params), z, credit=_pair_credit(logits, weight))
+
+
+@register("disarm")
+class DisARM(DisARMBase):
+    r"""DisARM, also known as U2G: antithetic pairs of bits, the noise integrated out.
+
+    .. math:: \nabla_\phi E_q[f] \approx \tfrac12 (f(b) - f(\tilde b)) (-1)^{\tilde b} 1[b \ne \tilde b] \sigma(|\phi|)
+
+    Unbiased for any cost, with two evaluations for each pair; both points are exact draws of q, and both enter the
+    value and the decoder's gradient. A categorical variable is written as stick-breaking bits (its first 1 names the
+    category), whose gradient is carried to the logits by the chain rule.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"`` or ``"categorical"``.
+        num_categories: Number of categories of a categorical variable.
+        num_samples: Number S of points, even: S/2 pairs, averaged.
+        order: Order in which the sticks are broken: ``"ascending"`` in probability (the least variance in most cases),
+            ``"descending"``, or the ``"given"`` order of the categories. Bits have no order and ignore it.
+
+    Raises:
+        ValueError: ``num_samples`` is odd, or unknown ``order``.
+
+    References:
+        DisARM: An Antithetic Gradient Estimator for Binary Latent Variables (Zhe Dong, Andriy Mnih, George Tucker,
+        2020), https://arxiv.org/abs/2006.10680; Probabilistic Best Subset Selection via Gradient-Based Optimization
+        (Mingzhang Yin, Nhat Ho, Bowei Yan, Xiaoning Qian, Mingyuan Zhou, 2020), https://arxiv.org/abs/2006.06448;
+        Coupled Gradient Estimators for Discrete Latent Variables (Zhe Dong, Andriy Mnih, George Tucker, 2021),
+        https://arxiv.org/abs/2106.08056
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("disarm", latent_dim=200)
+        >>> sample = layer.sample(torch.zeros(5, 200))
+        >>> sample.z.shape, sample.surrogate(sample.z.sum(-1)).shape
+        (torch.Size([2, 5, 200]), torch.Size([5]))
+        >>> layer = sl.create("disarm", latent_dim=4, family="categorical", num_categories=3, num_samples=6)
+        >>> layer.sample(torch.zeros(5, 12)).z.shape
+        torch.Size([6, 5, 12])
+    """
+
+    families = ("bernoulli", "categorical")
+    unbiased = True
+    needs = ("cost",)
+    reference = (
+        "DisARM: An Antithetic Gradient Estimator for Binary Latent Variables (Dong, Mnih and Tucker, 2020). "
+        "https://arxiv.org/abs/2006.10680"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 2,
+        order: Literal["ascending", "descending", "given"] = "ascending",
+    ) -> None:
+        super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+        if order not in ("ascending", "descending", "given"):
+            raise ValueError(f"needed order 'ascending', 'descending' or 'given', got {order!r}.")
+        self.order = order
+
+    def code(self, params: Tensor) -> tuple[Tensor, Decoder]:
+        if isinstance(self.family, CategoricalFamily):
+            return ordered_sticks(self.family.unflatten(params), self.order)
+        return params, lambda bits: (bits, torch.ones_like(bits))
+
+
+@register("disarm_tree")
+class DisARMTree(DisARMBase):
+    r"""DisARM for categorical variables that are the leaves of a balanced binary tree.
+
+    The category is written as :math:`\lceil \log_2 C \rceil` bits, one at each node on the way from the root to its
+    leaf; each carries the DisARM estimator, and the chain rule carries their gradients to the logits. Unbiased for any
+    cost, with two evaluations for each pair. In its favour: the gradient of every category flows through few bits; an
+    order of the categories in which neighbours have similar costs lowers the variance.
+
+    Args:
+        latent_dim: Number of latent variables.
+        num_categories: Number of categories of each variable.
+        family: ``"categorical"``.
+        num_samples: Number S of points, even: S/2 pairs, averaged.
+
+    Raises:
+        ValueError: ``num_samples`` is odd.
+
+    References:
+        Coupled Gradient Estimators for Discrete Latent Variables (Zhe Dong, Andriy Mnih, George Tucker, 2021),
+        https://arxiv.org/abs/2106.08056
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("disarm_tree", latent_dim=3, num_categories=5)
+        >>> layer.sample(torch.zeros(7, 15)).z.shape
+        torch.Size([2, 7, 15])
+    """
+
+    families = ("categorical",)
+    unbiased = True
+    needs = ("cost",)
+    reference = (
+        "Coupled Gradient Estimators for Discrete Latent Variables (Dong, Mnih and Tucker, 2021). "
+        "https://arxiv.org/abs/2106.08056"
+    )
+
+    def __init__(
+        self, latent_dim: int, *, num_categories: int | None = None, family: str = "categorical", num_samples: int = 2
+    ) -> None:
+        super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+
+    def code(self, params: Tensor) -> tuple[Tensor, Decoder]:
+        assert isinstance(self.family, CategoricalFamily)
+        logits = self.family.unflatten(params)
+        return tree_logits(logits), lambda bits: decode_tree(bits, logits.shape[-1])
+
+
+@register("arms")
+class ARMS(StochasticLayer):
+    r"""ARMS: any number of mutually antithetic draws, by a Dirichlet copula.
+
+    .. math:: \nabla_\phi E_q[f] \approx \frac1{K-1} \sum_k (f(b_k) - \bar f) (b_k - \theta)
+        \frac{\theta(1-\theta)}{\theta - P(b_i = b_j = 1)}
+
+    Leave-one-out REINFORCE on draws that avoid each other, with the factor that keeps it unbiased, for any cost. Two
+    draws are DisARM. Every draw is exact, and all enter the value and the decoder's gradient.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"``.
+        num_samples: Number K of draws, at least 2.
+
+    Raises:
+        ValueError: ``num_samples < 2``.
+
+    References:
+        ARMS: Antithetic-REINFORCE-Multi-Sample Gradient for Binary Variables (Alek Dimitriev, Mingyuan Zhou, 2021),
+        https://arxiv.org/abs/2105.14141
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("arms", latent_dim=3, num_samples=3)
+        >>> layer.sample(torch.zeros(5, 3)).z.shape
+        torch.Size([3, 5, 3])
+    """
+
+    families = ("bernoulli",)
+    unbiased = True
+    needs = ("cost",)
+    reference = (
+        "ARMS: Antithetic-REINFORCE-Multi-Sample Gradient for Binary Variables (Dimitriev and Zhou, 2021). "
+        "https://arxiv.org/abs/2105.14141"
+    )
+
+    def __init__(self, latent_dim: int, *, family: str = "bernoulli", num_samples: int = 4) -> None:
+        super().__init__(latent_dim, family=family, num_samples=num_samples)
+        if num_samples < 2:
+            raise ValueError(f"needed num_samples >= 2, draws to compare with each other, got {num_samples}.")
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        z = copula_bits(params, self.num_samples)
+        weight = z * independence_ratio(params, self.num_samples)
+
+        def credit(cost: Tensor) -> Tensor:
+            cost = cost.detach()
+            cost = cost - cost[:1]  # so that a constant cost is exactly zero below, whatever its rounding
+            advantage = (cost - cost.mean(0)) / (self.num_samples - 1)
+            return (advantage * sum_rightmost(weight * params, cost.dim())).sum(0)
+
+        return self._sample(self.law(params), z, credit=credit)

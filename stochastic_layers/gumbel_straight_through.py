@@ -1,0 +1,272 @@
+"""Straight-through layers built on Gumbel noise: hard draws forward, the gradient of the perturbed softmax backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.layer import Sample
+from stochastic_layers.registry import register
+from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
+
+__all__ = ["GappedStraightThrough", "GumbelRao", "StraightThroughGumbel"]
+
+
+@register("straight_through_gumbel")
+class StraightThroughGumbel(GumbelSoftmax):
+    r"""Straight-through Gumbel: exact draws by the Gumbel-max trick, the gradient of the Gumbel-softmax.
+
+    .. math:: z = \mathrm{onehot} \arg\max (l + G), \qquad
+        \nabla_l \approx \tfrac1\tau J(\mathrm{softmax}((l + G) / \tau))^\top f'(z)
+
+    Approximates the gradient of E_q[f], with a bias that is not monotone in the temperature and a variance that grows
+    as :math:`1 / \tau`. The same as ``gumbel_softmax`` with ``hard=True``, under a name that says that the cost is
+    evaluated at exact draws of q only; ``gumbel_rao`` has the same mean and less variance.
+
+    Args:
+        latent_dim: Number of latent variables.
+        num_categories: Number of categories of each variable.
+        family: ``"categorical"`` or ``"bernoulli"``.
+        num_samples: Number S of draws per example.
+        temperature: Temperature, positive.
+        learn_temperature: Whether the temperature is a parameter.
+
+    Raises:
+        ValueError: ``temperature <= 0``, or sizes that do not fit the family.
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax (Eric Jang, Shixiang Gu, Ben Poole, 2016),
+        https://arxiv.org/abs/1611.01144
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("straight_through_gumbel", latent_dim=3, num_categories=4)
+        >>> layer(torch.zeros(5, 12)).view(5, 3, 4).sum(-1).unique()
+        tensor([1.])
+    """
+
+    needs = ("cost_gradient",)
+    exact_draws = True
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        num_categories: int | None = None,
+        family: str = "categorical",
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            hard=True,
+        )
+
+
+@register("gumbel_rao")
+class GumbelRao(TemperedLayer):
+    r"""Gumbel-Rao: straight-through Gumbel, averaged over R conditional redraws of the noise.
+
+    .. math:: \nabla_l \approx \frac1R \sum_r \tfrac1\tau J(\mathrm{softmax}(\theta_r / \tau))^\top f'(z),
+        \qquad \theta_r \sim (l + G \mid \arg\max (l + G) = z)
+
+    Approximates the gradient of E_q[f] with the bias of ``straight_through_gumbel`` at the same temperature and less
+    variance, by Rao-Blackwell; R = 1 is that estimator. One evaluation of the cost whatever R. The perturbed logits
+    :math:`\theta_r` count as constants plus l: the gradient does not flow through their conditional law, which would
+    change the mean. Memory grows as min(R, num_categories) times that of the draw; bits need R redraws of one number.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"`` or ``"categorical"``.
+        num_categories: Number of categories of a categorical variable.
+        num_samples: Number S of draws per example.
+        temperature: Temperature, positive.
+        num_replicates: Number R of redraws of the noise for each draw.
+
+    Raises:
+        ValueError: ``temperature <= 0``, ``num_replicates < 1``, or sizes that do not fit the family.
+
+    References:
+        Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Max B. Paulus, Chris J. Maddison,
+        Andreas Krause, 2020), https://arxiv.org/abs/2010.04838
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("gumbel_rao", latent_dim=3, family="categorical", num_categories=4, temperature=0.5)
+        >>> layer(torch.zeros(5, 12)).view(5, 3, 4).sum(-1).unique()
+        tensor([1.])
+    """
+
+    families = ("bernoulli", "categorical")
+    unbiased = False
+    needs = ("cost_gradient",)
+    reference = (
+        "Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Paulus, Maddison and Krause, "
+        "2020). https://arxiv.org/abs/2010.04838"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        num_replicates: int = 10,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+        )
+        if not isinstance(num_replicates, int) or isinstance(num_replicates, bool) or num_replicates < 1:
+            raise ValueError(f"needed num_replicates >= 1, got {num_replicates!r}; 10 is usual.")
+        self.num_replicates = num_replicates
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        q = self.law(params)
+        hard = self.family.sample(q, self.num_samples)
+        temperature = self.temperature.to(params.dtype)
+        zero = (params - params.detach()) / temperature  # value zero, gradient that of l / temperature
+        if isinstance(self.family, CategoricalFamily):
+            one_hot = self.family.unflatten(hard)
+            log_probs = self.family.unflatten(params.detach()).log_softmax(-1)
+            step = self._step(log_probs, one_hot, self.family.unflatten(zero), temperature)
+            return self._sample(q, hard + step.flatten(-2))
+        scores = conditional_logistic(params.detach(), hard, self.num_replicates).div_(temperature)
+        slope = (scores.sigmoid() * (-scores).sigmoid()).mean(0)
+        return self._sample(q, hard + slope * zero)
+
+    def _step(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor, temperature: Tensor) -> Tensor:
+        """Mean over the redraws of J(softmax(theta / temperature)) applied to zero: ``[S, *batch, L, C]``."""
+        replicates, categories = self.num_replicates, log_probs.shape[-1]
+
+        def soft(count: int) -> Tensor:
+            return conditional_gumbel(log_probs, one_hot, count).div_(temperature).softmax(-1)
+
+        if replicates <= categories:  # R vectors are smaller than one matrix
+            draws = soft(replicates)
+            return draws.mean(0) * zero - (draws * (draws * zero).sum(-1, keepdim=True)).mean(0)
+        total, outer = torch.zeros_like(one_hot), one_hot.new_zeros(*one_hot.shape, categories)
+        for start in range(0, replicates, categories):
+            draws = soft(min(categories, replicates - start))
+            total += draws.sum(0)
+            outer += torch.einsum("r...i,r...j->...ij", draws, draws)
+        return (total * zero - (outer @ zero.unsqueeze(-1)).squeeze(-1)) / replicates
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_replicates={self.num_replicates}"
+
+
+def conditional_gumbel(log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
+    """Draws of ``log_probs + G`` given that their argmax is ``one_hot``: ``[count, *one_hot.shape]``.
+
+    The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it.
+    """
+    log_exponential = torch.empty(count, *one_hot.shape, dtype=one_hot.dtype, device=one_hot.device)
+    log_exponential.exponential_().log_()
+    index = one_hot.argmax(-1, keepdim=True).expand(count, *one_hot.shape[:-1], 1)
+    largest = log_exponential.gather(-1, index)
+    return torch.logaddexp(log_exponential - log_probs, largest).scatter_(-1, index, largest).neg_()
+
+
+def conditional_logistic(logits: Tensor, bits: Tensor, count: int) -> Tensor:
+    """Draws of ``logits`` plus logistic noise given their sign, ``bits``: ``[count, *bits.shape]``."""
+    sign = 2 * bits - 1
+    margin = sign * logits
+    u = torch.rand(count, *bits.shape, dtype=bits.dtype, device=bits.device)
+    # inversion: P(score > x | score > 0) = sigmoid(margin - x) / sigmoid(margin) = u, in log space
+    log_tail = u.clamp_(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2).log_() + logsigmoid(margin)
+    return (margin - log_tail + torch.log(-torch.expm1(log_tail))).clamp_min_(0).mul_(sign)
+
+
+@register("gapped_straight_through")
+class GappedStraightThrough(TemperedLayer):
+    r"""Gapped straight-through: the logits are moved, without noise, until the draw leads by a gap.
+
+    .. math:: \theta_i = \begin{cases} \max l & z_i = 1 \\ \min(l_i, \max l - g) & z_i = 0 \end{cases}, \qquad
+        \nabla_l \approx \tfrac1\tau J(\mathrm{softmax}(\theta / \tau))^\top f'(z)
+
+    Approximates the gradient of E_q[f] as ``straight_through_gumbel`` does, with the noise replaced by the smallest
+    deterministic shift that makes the draw win by g; the shift counts as a constant. Biased. For given z there is no
+    noise left, so that the variance is lower, at the cost of one softmax.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"`` or ``"categorical"``.
+        num_categories: Number of categories of a categorical variable.
+        num_samples: Number S of draws per example.
+        temperature: Temperature, positive.
+        gap: Least distance g of the draw's logit from the others; at least 0.
+
+    Raises:
+        ValueError: ``temperature <= 0``, ``gap < 0``, or sizes that do not fit the family.
+
+    References:
+        Training Discrete Deep Generative Models via Gapped Straight-Through Estimator (Ting-Han Fan, Ta-Chung Chi,
+        Alexander I. Rudnicky, Peter J. Ramadge, 2022), https://arxiv.org/abs/2206.07235
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("gapped_straight_through", latent_dim=3, family="categorical", num_categories=4)
+        >>> layer(torch.zeros(5, 12)).view(5, 3, 4).sum(-1).unique()
+        tensor([1.])
+    """
+
+    families = ("bernoulli", "categorical")
+    unbiased = False
+    needs = ("cost_gradient",)
+    reference = (
+        "Training Discrete Deep Generative Models via Gapped Straight-Through Estimator (Fan, Chi, Rudnicky and "
+        "Ramadge, 2022). https://arxiv.org/abs/2206.07235"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        gap: float = 1.0,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+        )
+        if not 0 <= float(gap) < float("inf"):
+            raise ValueError(f"needed gap >= 0, got {gap}; 1 is usual.")
+        self.gap = float(gap)
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        q = self.law(params)
+        hard = self.family.sample(q, self.num_samples)
+        zero = params - params.detach()
+        temperature = self.temperature.to(params.dtype)
+        if isinstance(self.family, CategoricalFamily):
+            logits, one_hot = self.family.unflatten(params.detach()), self.family.unflatten(hard)
+            top = logits.amax(-1, keepdim=True)
+            moved = torch.where(one_hot > 0, top, torch.minimum(logits, top - self.gap))
+            soft = ((moved + self.family.unflatten(zero)) / temperature).softmax(-1).flatten(-2)
+        else:  # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
+            sign = 2 * hard - 1
+            soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
+        return self._sample(q, hard + (soft - soft.detach()))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gap={self.gap:g}"

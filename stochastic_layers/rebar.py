@@ -1,0 +1,300 @@
+"""REBAR and RELAX: a relaxation of the draw as control variate, tuned online to lower the variance."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stochastic_layers.control_variates import (
+    CostMoments,
+    RelativeVariance,
+    cost_gradient,
+    differentiable_points,
+    inject,
+    jacobian_product,
+    joined,
+    mean_point,
+)
+from stochastic_layers.families import CategoricalFamily, Family
+from stochastic_layers.layer import Sample, sum_rightmost
+from stochastic_layers.registry import register
+from stochastic_layers.relaxed import TemperedLayer
+
+__all__ = ["Rebar", "Relax"]
+
+
+def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the noise of a hard draw, and fresh noise given that draw.
+
+    Args:
+        family: The Bernoulli or the categorical family.
+        params: Logits ``[*batch, features]``.
+        num_samples: Number S of draws.
+
+    Returns:
+        Hard draws ``[S, *batch, features]``; perturbed logits ``[2, S, *batch, features]`` of which they are the sign
+        or argmax, with their own noise and with noise drawn anew; the derivative of the latter by (log-softmax) logits.
+    """
+    params = params.detach()
+    noise = torch.empty(2, num_samples, *params.shape, dtype=params.dtype, device=params.device)
+    if isinstance(family, CategoricalFamily):
+        logits = family.unflatten(params).log_softmax(-1)
+        log_exponential = family.unflatten(noise.exponential_().log_())
+        scores = logits - log_exponential[0]  # plus Gumbel noise
+        hard = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+        # given its argmax, the maximum is a Gumbel variable of location logsumexp = 0 and the others stay below it
+        top = (hard * log_exponential[1]).sum(-1, keepdim=True)
+        other = log_exponential[1] - logits
+        anew = -torch.where(hard > 0, top, torch.logaddexp(other, top))
+        slope = torch.where(hard > 0, 0.0, torch.sigmoid(other - top))
+        return hard.flatten(-2), torch.stack([scores, anew]).flatten(-2), slope.flatten(-2)
+    tiny, eps = torch.finfo(noise.dtype).tiny, torch.finfo(noise.dtype).eps
+    logistic = noise.uniform_().clamp_(tiny, 1 - eps / 2).logit()
+    scores = params + logistic[0]
+    hard = (scores > 0).to(params.dtype)
+    sign = 2 * hard - 1
+    # theta v + 1 - theta (or v (1 - theta)) in log space: finite for every logit
+    shifted = logistic[1] + F.softplus(sign * params)
+    return hard, torch.stack([scores, sign * F.softplus(shifted)]), shifted.sigmoid() * torch.sigmoid(sign * params)
+
+
+def relax(family: Family, scores: Tensor, temperature: Tensor) -> Tensor:
+    """Points inside the cube or the simplex: the tempered sigmoid or softmax of perturbed logits."""
+    if isinstance(family, CategoricalFamily):
+        return family.unflatten(scores / temperature).softmax(-1).flatten(-2)
+    return torch.sigmoid(scores / temperature)
+
+
+def through_conditional(family: Family, mean: Tensor, slope: Tensor, vector: Tensor) -> Tensor:
+    """Pull a vector from the conditional perturbed logits back to the logits, through the conditioning as well."""
+    vector = slope * vector
+    if not isinstance(family, CategoricalFamily):
+        return vector
+    count = family.num_categories
+    assert count is not None
+    sizes = (*vector.shape[:-1], vector.shape[-1] // count, count)
+    return vector - mean * vector.reshape(sizes).sum(-1, keepdim=True).expand(sizes).flatten(-2)
+
+
+@register("rebar")
+class Rebar(TemperedLayer):
+    r"""REBAR: REINFORCE with the relaxed cost as control variate, whose own gradient is reparameterized.
+
+    .. math:: \nabla E_q[f(b)] \approx (f(b) - \eta f(\tilde y)) \nabla \log q(b)
+        + \eta \nabla f(y) - \eta \nabla f(\tilde y)
+
+    with b the hard threshold (or argmax) of perturbed logits, y their relaxation at temperature :math:`\tau`, and
+    :math:`\tilde y` a relaxation of noise drawn anew given b. The last gradient goes through the conditioning on b,
+    too; without that it is biased. Approximates the gradient of E_q[f]; unbiased for f differentiable, for every
+    :math:`\eta` and :math:`\tau`. The cost is evaluated at three points per draw: b (weight 1/S), y and
+    :math:`\tilde y` (weight 0). Where the cost does not depend on z through autograd it is REINFORCE.
+
+    The parameters ``eta`` and ``log_temperature`` receive the gradient of the estimator's squared norm relative to its
+    running mean, averaged as the loss is, and nothing else; encoder and decoder receive nothing from it. It needs
+    second derivatives of the cost: freeze them by ``layer.requires_grad_(False)`` where those do not exist or cost too
+    much. To compile with ``fullgraph=True``, set ``torch._dynamo.config.trace_autograd_ops = True``.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"`` or ``"categorical"``.
+        num_categories: Number of categories of a categorical variable.
+        num_samples: Number S of draws per example; z has 3 S points.
+        temperature: Temperature at the start.
+
+    Raises:
+        ValueError: ``temperature <= 0``.
+
+    References:
+        REBAR: Low-variance, unbiased gradient estimates for discrete latent variable models (George Tucker, Andriy
+        Mnih, Chris J. Maddison, Dieterich Lawson, Jascha Sohl-Dickstein, 2017), https://arxiv.org/abs/1703.07370
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> sample = sl.create("rebar", latent_dim=3).sample(torch.zeros(5, 3))
+        >>> sample.z.shape, sample.weights
+        (torch.Size([3, 5, 3]), tensor([1., 0., 0.]))
+    """
+
+    families = ("bernoulli", "categorical")
+    unbiased = True
+    needs = ("cost", "cost_gradient", "relaxable_cost")
+    evaluations = "3 * num_samples"
+    reference = (
+        "REBAR: Low-variance, unbiased gradient estimates for discrete latent variable models (Tucker, Mnih, Maddison, "
+        "Lawson and Sohl-Dickstein, 2017). https://arxiv.org/abs/1703.07370"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+            learn_temperature=True,
+        )
+        self.eta = nn.Parameter(torch.ones(1))
+        self.variance = RelativeVariance()
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        family, draws = self.family, self.num_samples
+        q, mean = family.distribution(params), mean_point(family, params)
+        hard, scores, slope = couple(family, params, draws)
+        relaxed = relax(family, scores.flatten(0, 1), self.temperature.to(params.dtype))  # [2S, ...], with graph to tau
+        points = differentiable_points(torch.cat([hard, relaxed]), params)
+
+        def credit(cost: Tensor) -> Tensor:
+            ndim = cost.dim()
+            tuned = self.eta.requires_grad or self.log_temperature.requires_grad
+            gradient = cost_gradient(cost[draws:], points, create_graph=tuned)
+            center = joined(mean, ndim - 1)
+            score = joined(hard, ndim) - center  # [S, *lead, features]
+            if gradient is None:
+                return inject((cost[:draws].detach().unsqueeze(-1) * score).mean(0), params)
+            # one copy of eta and tau per example, so that each example keeps its own objective
+            tau = self.temperature.to(params.dtype).expand(*cost.shape[1:], 1)
+            eta = self.eta.to(params.dtype).expand(*cost.shape[1:], 1)
+            y, anew = joined(points, ndim)[draws:].chunk(2)
+            pull, pull_anew = joined(gradient, ndim)[draws:].chunk(2)
+            pull = jacobian_product(family, y, pull) / tau
+            pull_anew = jacobian_product(family, anew, pull_anew) / tau
+            pull_anew = through_conditional(family, center, joined(slope, ndim), pull_anew)
+            residual = cost[:draws].detach().unsqueeze(-1) - eta * cost[2 * draws :].unsqueeze(-1)
+            estimate = (residual * score + eta * (pull - pull_anew)).mean(0)  # [*lead, features]
+            term = inject(estimate, params)
+            if not tuned:
+                return term
+            own = [t for t in (tau, eta) if t.requires_grad]
+            at_points, *at_own = torch.autograd.grad(self.variance(estimate).sum(), [points, *own], retain_graph=True)
+            term = term + sum_rightmost((at_points[draws:] * relaxed).sum((0, -1)), ndim - 1)  # by y, through tau
+            for value, slope_of in zip(own, at_own, strict=True):
+                term = term + (value * slope_of).sum(-1)
+            return term
+
+        weights = torch.cat([hard.new_full((draws,), 1.0 / draws), hard.new_zeros(2 * draws)])
+        return self._sample(q, points, weights=weights, credit=credit)
+
+
+@register("relax")
+class Relax(TemperedLayer):
+    r"""RELAX: REINFORCE with a learned network on relaxed draws as control variate; the cost may be a black box.
+
+    .. math:: \nabla E_q[f(b)] \approx (f(b) - c(\tilde y)) \nabla \log q(b) + \nabla c(y) - \nabla c(\tilde y),
+        \qquad c(y) = m + v \, r_\phi(y, x)
+
+    with b, y and :math:`\tilde y` as in ``rebar``, r a network, m and v the running mean and standard deviation of the
+    cost. Approximates the gradient of E_q[f] for any f; unbiased for every r. The cost is evaluated at the hard draws
+    only. Network and temperature receive the gradient of the estimator's squared norm relative to its running mean,
+    averaged as the loss is, and nothing else; encoder and decoder receive nothing from it. To compile with
+    ``fullgraph=True``, set ``torch._dynamo.config.trace_autograd_ops = True``.
+
+    Args:
+        latent_dim: Number of latent variables.
+        family: ``"bernoulli"`` or ``"categorical"``.
+        num_categories: Number of categories of a categorical variable.
+        num_samples: Number S of draws per example.
+        temperature: Temperature at the start.
+        hidden_features: Width of the two hidden layers of r.
+        context_features: Size of the context x that the user passes to ``layer.sample``; by default x is params.
+
+    Raises:
+        ValueError: ``temperature <= 0``; at sampling, a context of another size.
+
+    References:
+        Backpropagation through the Void: Optimizing control variates for black-box gradient estimation (Will
+        Grathwohl, Dami Choi, Yuhuai Wu, Geoffrey Roeder, David Duvenaud, 2017), https://arxiv.org/abs/1711.00123
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> sl.create("relax", latent_dim=3).sample(torch.zeros(5, 3)).z.shape
+        torch.Size([1, 5, 3])
+    """
+
+    families = ("bernoulli", "categorical")
+    unbiased = True
+    needs = ("cost",)
+    reference = (
+        "Backpropagation through the Void: Optimizing control variates for black-box gradient estimation (Grathwohl, "
+        "Choi, Wu, Roeder and Duvenaud, 2017). https://arxiv.org/abs/1711.00123"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
+        temperature: float = 0.5,
+        hidden_features: int = 100,
+        context_features: int | None = None,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            family=family,
+            num_categories=num_categories,
+            num_samples=num_samples,
+            temperature=temperature,
+            learn_temperature=True,
+        )
+        self.context_features = self.in_features if context_features is None else context_features
+        last = nn.Linear(hidden_features, 1)
+        nn.init.zeros_(last.weight)  # at the start c is the running mean of the cost: REINFORCE with a moving average
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(
+            nn.Linear(self.out_features + self.context_features, hidden_features),
+            nn.Tanh(),
+            nn.Linear(hidden_features, hidden_features),
+            nn.Tanh(),
+            last,
+        )
+        self.moments = CostMoments()
+        self.variance = RelativeVariance()
+
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        family, draws = self.family, self.num_samples
+        q, mean = family.distribution(params), mean_point(family, params)
+        context = (params if context is None else context).detach()
+        if context.shape[-1] != self.context_features:
+            raise ValueError(
+                f"needed a context [*batch, {self.context_features}], got {list(context.shape)}; build the layer with "
+                f"context_features={context.shape[-1]}."
+            )
+        hard, scores, slope = couple(family, params, draws)
+
+        def credit(cost: Tensor) -> Tensor:
+            ndim, cost = cost.dim(), cost.detach()
+            tau = self.temperature.to(params.dtype)
+            relaxed = relax(family, scores, tau)  # [2, S, *batch, features]
+            if not relaxed.requires_grad:
+                relaxed = differentiable_points(relaxed, params)
+            value = self._control(relaxed, context)  # [2, S, *batch]
+            (gradient,) = torch.autograd.grad(value.sum(), relaxed, create_graph=True)
+            spread = self.moments.std.to(cost.dtype)
+            fitted = self.moments.mean.to(cost.dtype) + spread * sum_rightmost(value[1], ndim)  # [S, *lead]
+            pulled = spread * jacobian_product(family, joined(relaxed, ndim + 1), joined(gradient, ndim + 1)) / tau
+            center = joined(mean, ndim - 1)
+            anew = through_conditional(family, center, joined(slope, ndim), pulled[1])
+            score = joined(hard, ndim) - center
+            estimate = ((cost - fitted).unsqueeze(-1) * score + pulled[0] - anew).mean(0)
+            self.moments.observe(cost)
+            objective: Tensor = self.variance(estimate)  # all but network and temperature is detached
+            return inject(estimate, params) + objective
+
+        return self._sample(q, hard, credit=credit)
+
+    def _control(self, points: Tensor, context: Tensor) -> Tensor:
+        """r of relaxed points ``[..., *batch, features]`` -> ``[..., *batch]``."""
+        dtype = next(self.network.parameters()).dtype
+        inputs = torch.cat([points, context.to(points.dtype).expand(*points.shape[:-1], -1)], -1)
+        value: Tensor = self.network(inputs.to(dtype))
+        return value.squeeze(-1).to(points.dtype)
