@@ -121,7 +121,7 @@ def precision(subject: Subject) -> str:
     """z has the dtype of params; log q and weights are float32 for bfloat16 params and float64 for float64."""
     for dtype, inner in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)):
         layer = subject.build(torch.float64 if dtype == torch.float64 else torch.float32)
-        run = step(layer, subject.params(4, dtype=dtype), subject.cost())
+        run = step(layer, subject.params(4, dtype=dtype), subject.cost().to(inner))
         got = {"z": run.sample.z.dtype, "gradient": run.encoder.dtype}
         expect(set(got.values()) == {dtype}, f"{dtype} params gave {got}")
         got = {"log_prob": run.sample.log_prob.dtype, "weights": run.sample.weights.dtype}

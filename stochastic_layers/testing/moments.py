@@ -1,4 +1,4 @@
-"""Moments of a layer's gradient over many draws against the exact gradient, and a test of its mean with stated power."""
+"""Moments of a layer's gradient over many draws against the exact one, and a test of its mean with stated power."""
 
 from __future__ import annotations
 
