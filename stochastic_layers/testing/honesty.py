@@ -176,7 +176,8 @@ def compiled_step(subject: Subject) -> str:
     """Sample, cost and surrogate compile into one graph, whose gradients are finite."""
     if subject.cls.__module__ not in sys.modules:
         raise NotApplicable("the layer's class was defined outside any module, where the compiler cannot follow")
-    layer, cost, params = subject.build(torch.float32), subject.cost(), subject.params(6, dtype=torch.float32)
+    layer, params = subject.build(torch.float32), subject.params(6, dtype=torch.float32)
+    cost = subject.cost().float()
     try:
         run_compiled(layer, cost, params, subject.backend)
         return subject.backend
