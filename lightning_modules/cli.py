@@ -1,4 +1,4 @@
-"""The console script ``stochastic-layers``: fit, validate, test, predict; list and describe."""
+"""The console script ``stochastic-layers``: fit, validate, test, predict; list, describe and certify."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 import stochastic_layers as sl
+from lightning_modules import certify
 from lightning_modules.callbacks import Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
+from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
 from lightning_modules.vae import VAE
 
@@ -163,11 +165,16 @@ def main(args: list[str] | None = None) -> None:
             Console().print(capability_table())
         elif command == "list" and rest == ["--markdown"]:
             print(capability_markdown())
+        elif command == "list" and rest == ["--compatibility"]:
+            print(compatibility_markdown())
+        elif command == "certify":
+            sys.exit(certify.main(rest))
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
             _describe(rest[0])
         elif command in ("list", "describe"):
             raise ValueError(
-                f"needed `stochastic-layers list` or `stochastic-layers describe NAME`, got {' '.join(words)!r}."
+                "needed `stochastic-layers list [--markdown | --compatibility]` or `stochastic-layers describe NAME`, "
+                f"got {' '.join(words)!r}."
             )
         else:
             CLI(

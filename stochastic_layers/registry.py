@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -18,6 +19,7 @@ ENTRY_POINT_GROUP = "stochastic_layers.layers"
 NEEDS = ("cost", "cost_gradient", "relaxable_cost")
 
 _LAYERS: dict[str, type[StochasticLayer]] = {}
+_BROKEN: dict[str, str] = {}  # entry points that could not be loaded, and why
 _pending_entry_points: bool = True
 _Layer = TypeVar("_Layer", bound="type[StochasticLayer]")
 
@@ -93,27 +95,45 @@ def register(name: str) -> Callable[[_Layer], _Layer]:
 
 
 def _load_entry_points() -> None:
-    """Import the layers that installed packages announce; once, and only when a name is looked up."""
+    """Import the layers that installed packages announce; once, and only when a name is looked up.
+
+    One that cannot be imported, is no layer, or claims a name that is taken is reported and left out: a broken package
+    must not take the other layers with it.
+    """
     global _pending_entry_points
     if not _pending_entry_points:
         return
     _pending_entry_points = False
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        cls = entry.load()
-        if _LAYERS.get(entry.name) is not cls:  # the module may have used the decorator itself
-            register(entry.name)(cls)
+        try:
+            cls = entry.load()
+            if _LAYERS.get(entry.name) is not cls:  # the module may have used the decorator itself
+                register(entry.name)(cls)
+        except Exception as error:  # whatever a foreign module raises as it is imported
+            package = f" of the package {entry.dist.name!r}" if entry.dist is not None else ""
+            _BROKEN[entry.name] = (
+                f"the entry point {entry.name!r} = {entry.value!r}{package} could not be loaded: "
+                f"{type(error).__name__}: {error}"
+            )
+            warnings.warn(
+                f"{_BROKEN[entry.name]} Correct or uninstall it; the other layers are not affected.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def layer_class(name: str) -> type[StochasticLayer]:
     """The class registered under ``name``.
 
     Raises:
-        ValueError: No layer has this name; the message names the nearest ones.
+        ValueError: No layer has this name; the message names the nearest ones, or says why an installed package could
+            not provide it.
     """
     if name not in _LAYERS:
         _load_entry_points()
     if name not in _LAYERS:
-        raise ValueError(f"needed the name of a registered layer, got {name!r}; {nearest(name, _LAYERS)}")
+        reason = _BROKEN.get(name, nearest(name, _LAYERS))
+        raise ValueError(f"needed the name of a registered layer, got {name!r}; {reason}")
     return _LAYERS[name]
 
 
@@ -158,6 +178,9 @@ def list_layers(
         unbiased: ``True``: only layers that are unbiased without condition; ``False``: all others.
         needs: Only layers that need this of the cost (``"cost"``, ``"cost_gradient"``, ``"relaxable_cost"``).
         exact_draws: Only layers whose training draws do (or do not) follow q exactly.
+
+    Raises:
+        ValueError: Unknown family or need.
     """
     _load_entry_points()
     if needs is not None and needs not in NEEDS:

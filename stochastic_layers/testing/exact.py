@@ -1,11 +1,10 @@
-"""Proof by enumeration: exact expectations, polynomial costs, and tests of a layer's gradient with stated power."""
+"""Proof by enumeration: polynomial costs, their exact expectations, and a test of the law of a layer's draws."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,7 @@ from stochastic_layers.layer import StochasticLayer
 from stochastic_layers.point_mass import QuantizedFamily
 from stochastic_layers.quadrature import integrate
 
-__all__ = [
-    "COSTS",
-    "Moments",
-    "PolynomialCost",
-    "check_law",
-    "check_mean",
-    "enumerate_outcomes",
-    "exact_value",
-    "measure",
-]
+__all__ = ["COSTS", "PolynomialCost", "check_law", "enumerate_outcomes", "exact_value"]
 
 COSTS = ("constant", "linear", "quadratic", "cubic", "asymmetric")
 
@@ -139,140 +129,6 @@ def _rule(layer: StochasticLayer, params: Tensor) -> tuple[Tensor, Tensor]:
         weights = torch.cat([torch.ones(1), 0.5 * w, torch.ones(1)]).to(params.dtype).view(column)
         return nodes, weights * q.base_dist.log_prob(nodes).exp()
     raise ValueError(f"needed a family whose expectations can be computed, got {family.name!r}.")
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sample moments of a gradient estimator against the exact gradient, per coordinate.
-
-    Attributes:
-        mean: Mean of the draws.
-        standard_error: Standard error of that mean.
-        exact: The exact gradient.
-        num_draws: Number of draws.
-        projection: Mean and standard error of <draw, exact> / <exact, exact>, which is 1 for an unbiased estimator.
-    """
-
-    mean: Tensor
-    standard_error: Tensor
-    exact: Tensor
-    num_draws: int
-    projection: tuple[float, float]
-
-    @property
-    def largest_z(self) -> float:
-        """Largest deviation from the exact gradient in standard errors, over the coordinates and the projection.
-
-        Coordinates without any spread (exact up to rounding) are compared with the rounding error of float64.
-        """
-        rounding = 1e-12 * (1 + self.exact.abs())
-        z = float(((self.mean - self.exact) / (self.standard_error + rounding)).abs().max())
-        value, error = self.projection
-        return max(z, abs(value - 1) / (error + 1e-12)) if math.isfinite(value) else z
-
-    @property
-    def relative_bias(self) -> float:
-        """Norm of the difference of the means over the norm of the exact gradient."""
-        return float((self.mean - self.exact).norm() / self.exact.norm().clamp_min(1e-300))
-
-
-def measure(
-    layer: StochasticLayer,
-    params: Tensor,
-    cost_fn: nn.Module,
-    *,
-    num_draws: int,
-    of: str = "encoder",
-    context: Tensor | None = None,
-    chunk_size: int = 20_000,
-) -> Moments:
-    """Draw a layer's gradient many times and compare it with the exact one.
-
-    Args:
-        layer: The layer, in training mode.
-        params: ``[B, in_features]`` in float64.
-        cost_fn: A module of z; its parameter ``theta`` plays the decoder.
-        num_draws: Number of draws.
-        of: ``"encoder"`` for d/d params, ``"decoder"`` for d/d theta, ``"value"`` for the reported estimate itself.
-        context: Context for a learned baseline ``[B, F]``.
-        chunk_size: Draws in one batched pass.
-    """
-    leaf = params.detach().clone().requires_grad_()
-    value = exact_value(layer, leaf, cost_fn)
-    theta = next(cost_fn.parameters())
-    if of == "value":
-        exact = value.detach()
-    else:
-        (exact,) = torch.autograd.grad(value.sum(), leaf if of == "encoder" else theta)
-    total, squares = torch.zeros_like(exact), torch.zeros_like(exact)
-    projection, projection_squares, count = 0.0, 0.0, 0
-    if float(exact.abs().max()) < 1e-14:  # the gradient of a constant cost is zero up to the rounding of the sum
-        exact = torch.zeros_like(exact)
-    norm = float(exact.square().sum())
-    while count < num_draws:
-        draws = min(chunk_size, num_draws - count)
-        expanded = params.detach().expand(draws, *params.shape).clone().requires_grad_()
-        sample = layer.sample(expanded, None if context is None else context.expand(draws, *context.shape))
-        if of == "encoder":
-            (grads,) = torch.autograd.grad(sample.surrogate(cost_fn(sample.z)).sum(), expanded)
-        elif of == "value":
-            grads = sample.surrogate(cost_fn(sample.z)).detach()
-        else:  # one copy of theta per draw, so that one backward gives every draw's gradient
-            copies = theta.detach().expand(draws, 1, -1).clone().requires_grad_()
-            cost = torch.func.functional_call(cost_fn, {"theta": copies}, (sample.z,))
-            (grads,) = torch.autograd.grad(sample.surrogate(cost).sum(), copies)
-            grads = grads.squeeze(1)
-        total += grads.sum(0)
-        squares += grads.square().sum(0)
-        along = grads.flatten(1) @ exact.flatten() / max(norm, 1e-300)
-        projection += float(along.sum())
-        projection_squares += float(along.square().sum())
-        count += draws
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp_min(0) * count / (count - 1)
-    center = projection / count
-    spread = math.sqrt(max(projection_squares / count - center**2, 0.0) / count)
-    return Moments(
-        mean=mean,
-        standard_error=(variance / count).sqrt(),
-        exact=exact,
-        num_draws=count,
-        projection=(center, spread) if norm > 0 else (math.nan, math.nan),
-    )
-
-
-def check_mean(
-    layer: StochasticLayer,
-    params: Tensor,
-    cost_fn: nn.Module,
-    *,
-    of: str = "encoder",
-    context: Tensor | None = None,
-    visible_bias: float = 0.05,
-    max_draws: int = 4_000_000,
-) -> Moments:
-    """Assert that the mean of a layer's gradient (or value) is the exact one, with the power to see a small bias.
-
-    Draws until a bias of ``visible_bias`` of the gradient's norm along the gradient would stand 8 standard errors out,
-    then demands that no coordinate, nor the projection, is off by more than 5. False alarms: 6e-7 per coordinate. Power
-    against such a bias: 0.998.
-
-    Raises:
-        AssertionError: The mean is off, or the power is not reached within ``max_draws``.
-    """
-    pilot = measure(layer, params, cost_fn, num_draws=20_000, of=of, context=context)
-    error = pilot.projection[1]
-    if math.isfinite(error):
-        needed = int(pilot.num_draws * (8 * error / visible_bias) ** 2 * 1.2) + 20_000
-        assert needed <= max_draws, f"a bias of {visible_bias:g} would need {needed} draws, more than {max_draws}"
-        result = measure(layer, params, cost_fn, num_draws=needed, of=of, context=context)
-    else:  # the exact gradient is zero: any mean counts
-        result = pilot
-    assert result.largest_z < 5, (
-        f"{layer}: the mean of {of} is {result.largest_z:.1f} standard errors off after {result.num_draws} draws "
-        f"(relative difference {result.relative_bias:.3g}): got {result.mean.tolist()}, exact {result.exact.tolist()}"
-    )
-    return result
 
 
 def check_law(layer: StochasticLayer, params: Tensor, *, num_draws: int = 50_000, false_alarm: float = 1e-6) -> None:

@@ -1,0 +1,210 @@
+"""Moments of a layer's gradient over many draws against the exact one, and a test of its mean with stated power."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_layers.layer import StochasticLayer
+from stochastic_layers.testing.exact import exact_value
+
+__all__ = ["QUANTITIES", "Expectation", "Moments", "check_mean", "measure", "measure_all"]
+
+QUANTITIES = ("encoder", "decoder", "value")
+Expectation = Callable[[StochasticLayer, Tensor, nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sample moments of a gradient estimator against the exact gradient, per coordinate.
+
+    Attributes:
+        mean: Mean of the draws.
+        standard_error: Standard error of that mean.
+        exact: The exact gradient.
+        num_draws: Number of draws.
+        projection: Mean and standard error of <draw, exact> / <exact, exact>, which is 1 for an unbiased estimator.
+    """
+
+    mean: Tensor
+    standard_error: Tensor
+    exact: Tensor
+    num_draws: int
+    projection: tuple[float, float]
+
+    @property
+    def largest_z(self) -> float:
+        """Largest deviation from the exact gradient in standard errors, over the coordinates and the projection.
+
+        Coordinates without any spread (exact up to rounding) are compared with the rounding error of float64.
+        """
+        rounding = 1e-12 * (1 + self.exact.abs())
+        z = float(((self.mean - self.exact) / (self.standard_error + rounding)).abs().max())
+        value, error = self.projection
+        return max(z, abs(value - 1) / (error + 1e-12)) if math.isfinite(value) else z
+
+    @property
+    def relative_bias(self) -> float:
+        """Norm of the difference of the means over the norm of the exact gradient."""
+        return float((self.mean - self.exact).norm() / self.exact.norm().clamp_min(1e-300))
+
+
+def measure(
+    layer: StochasticLayer,
+    params: Tensor,
+    cost_fn: nn.Module,
+    *,
+    num_draws: int,
+    of: str = "encoder",
+    context: Tensor | None = None,
+    chunk_size: int = 20_000,
+) -> Moments:
+    """Draw a layer's gradient many times and compare it with the exact one.
+
+    Args:
+        layer: The layer, in training mode.
+        params: ``[B, in_features]`` in float64.
+        cost_fn: A module of z; its parameter ``theta`` plays the decoder.
+        num_draws: Number of draws.
+        of: ``"encoder"`` for d/d params, ``"decoder"`` for d/d theta, ``"value"`` for the reported estimate itself.
+        context: Context for a learned baseline ``[B, F]``.
+        chunk_size: Draws in one batched pass.
+    """
+    return measure_all(layer, params, cost_fn, num_draws=num_draws, of=(of,), context=context, chunk_size=chunk_size)[
+        of
+    ]
+
+
+def measure_all(
+    layer: StochasticLayer,
+    params: Tensor,
+    cost_fn: nn.Module,
+    *,
+    num_draws: int,
+    of: Sequence[str] = QUANTITIES,
+    context: Tensor | None = None,
+    chunk_size: int = 20_000,
+    expectation: Expectation | None = None,
+) -> dict[str, Moments]:
+    """As :func:`measure`, for several of ``"encoder"``, ``"decoder"`` and ``"value"`` from the same draws.
+
+    Args:
+        layer: The layer, in training mode.
+        params: ``[*batch, in_features]`` in float64.
+        cost_fn: A module of z; its parameter ``theta`` plays the decoder. It may sum trailing batch dimensions.
+        num_draws: Number of draws.
+        of: The quantities.
+        context: Context for a learned baseline ``[*batch, F]``.
+        chunk_size: Draws in one batched pass.
+        expectation: What computes E_q[cost], differentiable in params and theta; by default :func:`exact_value`.
+    """
+    leaf = params.detach().clone().requires_grad_()
+    value = (expectation or exact_value)(layer, leaf, cost_fn)
+    theta = next(cost_fn.parameters())
+    targets = {"encoder": leaf, "decoder": theta}
+    running: dict[str, _Running] = {}
+    for name in of:
+        if name == "value":
+            running[name] = _Running(value.detach())
+        else:
+            (exact,) = torch.autograd.grad(value.sum(), targets[name], retain_graph=True, allow_unused=True)
+            running[name] = _Running(torch.zeros_like(targets[name]) if exact is None else exact)
+    count = 0
+    while count < num_draws:
+        draws = min(chunk_size, num_draws - count)
+        expanded = params.detach().expand(draws, *params.shape).clone().requires_grad_()
+        sample = layer.sample(expanded, None if context is None else context.expand(draws, *context.shape))
+        # one copy of theta per draw, so that one backward gives every draw's gradient
+        copies = theta.detach().expand(draws, *[1] * (params.dim() - 1), -1).clone().requires_grad_()
+        loss = sample.surrogate(torch.func.functional_call(cost_fn, {"theta": copies}, (sample.z,)))
+        sources = {"encoder": expanded, "decoder": copies}
+        wanted = [name for name in of if name != "value"]
+        grads: list[Tensor | None] = [None] * len(wanted)
+        if wanted and loss.requires_grad:
+            grads = list(torch.autograd.grad(loss.sum(), [sources[name] for name in wanted], allow_unused=True))
+        found = {
+            name: torch.zeros_like(sources[name]) if g is None else g for name, g in zip(wanted, grads, strict=True)
+        }
+        if "decoder" in found:
+            found["decoder"] = found["decoder"].flatten(1)
+        found["value"] = loss.detach()
+        for name in of:
+            running[name].update(found[name])
+        count += draws
+    return {name: running[name].moments() for name in of}
+
+
+class _Running:
+    """Sums over draws of a quantity's deviation from the exact one, of its square, and of its projection."""
+
+    def __init__(self, exact: Tensor) -> None:
+        self.exact = exact
+        self.norm = float(exact.square().sum())
+        if self.norm < 1e-24:  # rounding of an exact zero, along which no projection means anything
+            self.norm, self.exact = 0.0, torch.zeros_like(exact)
+        self.total, self.squares = torch.zeros_like(exact), torch.zeros_like(exact)
+        self.along, self.along_squares, self.count = 0.0, 0.0, 0
+
+    def update(self, draws: Tensor) -> None:
+        """Add draws ``[n, *shape]``."""
+        draws = draws - self.exact  # what has no spread then has none in the sums either
+        self.total += draws.sum(0)
+        self.squares += draws.square().sum(0)
+        self.count += draws.shape[0]
+        if self.norm > 0:
+            along = draws.flatten(1) @ self.exact.flatten() / self.norm
+            self.along += float(along.sum())
+            self.along_squares += float(along.square().sum())
+
+    def moments(self) -> Moments:
+        """The moments so far."""
+        count = self.count
+        deviation = self.total / count
+        variance = (self.squares / count - deviation.square()).clamp_min(0) * count / (count - 1)
+        center = self.along / count
+        spread = math.sqrt(max(self.along_squares / count - center**2, 0.0) / count)
+        return Moments(
+            mean=self.exact + deviation,
+            standard_error=(variance / count).sqrt(),
+            exact=self.exact,
+            num_draws=count,
+            projection=(1 + center, spread) if self.norm > 0 else (math.nan, math.nan),
+        )
+
+
+def check_mean(
+    layer: StochasticLayer,
+    params: Tensor,
+    cost_fn: nn.Module,
+    *,
+    of: str = "encoder",
+    context: Tensor | None = None,
+    visible_bias: float = 0.05,
+    max_draws: int = 4_000_000,
+) -> Moments:
+    """Assert that the mean of a layer's gradient (or value) is the exact one, with the power to see a small bias.
+
+    Draws until a bias of ``visible_bias`` of the gradient's norm along the gradient would stand 8 standard errors out,
+    then demands that no coordinate, nor the projection, is off by more than 5. False alarms: 6e-7 per coordinate. Power
+    against such a bias: 0.998.
+
+    Raises:
+        AssertionError: The mean is off, or the power is not reached within ``max_draws``.
+    """
+    pilot = measure(layer, params, cost_fn, num_draws=20_000, of=of, context=context)
+    error = pilot.projection[1]
+    if math.isfinite(error):
+        needed = int(pilot.num_draws * (8 * error / visible_bias) ** 2 * 1.2) + 20_000
+        assert needed <= max_draws, f"a bias of {visible_bias:g} would need {needed} draws, more than {max_draws}"
+        result = measure(layer, params, cost_fn, num_draws=needed, of=of, context=context)
+    else:  # the exact gradient is zero: any mean counts
+        result = pilot
+    assert result.largest_z < 5, (
+        f"{layer}: the mean of {of} is {result.largest_z:.1f} standard errors off after {result.num_draws} draws "
+        f"(relative difference {result.relative_bias:.3g}): got {result.mean.tolist()}, exact {result.exact.tolist()}"
+    )
+    return result
