@@ -120,6 +120,7 @@ class Gaussian(Pathwise):
     """
 
     families = ("gaussian",)
+    independent_draws = True
     reference = "Auto-Encoding Variational Bayes (Kingma and Welling, 2013). https://arxiv.org/abs/1312.6114"
 
     def __init__(self, latent_dim: int, *, family: str = "gaussian", num_samples: int = 1) -> None:
