@@ -20,7 +20,7 @@ from lightning_modules.objectives import Objective
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics, preserved
 
-__all__ = ["LatentVariableModel", "data_of", "fused_adam", "log_interval", "plain_options"]
+__all__ = ["LatentVariableModel", "at_least_float32", "data_of", "fused_adam", "log_interval", "plain_options"]
 
 _OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
 PROBE_EXAMPLES = 16
@@ -269,6 +269,11 @@ def log_interval(trainer: Trainer) -> int:
 def fused_adam(groups: Iterable[Any]) -> Optimizer:
     """Adam in its fused form, the default optimizer."""
     return torch.optim.Adam(groups, fused=True)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor in which log-probabilities of data may be summed; double precision stays as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def data_of(batch: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.base import LatentVariableModel
+from lightning_modules.base import LatentVariableModel, at_least_float32
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.objectives import Objective, Terms
@@ -161,7 +161,7 @@ class VAE(LatentVariableModel[Terms]):
 
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats ``[..., B]`` of z ``[..., B, *positions, out_features]``."""
-        return self.likelihood.log_prob(self.decode(z).float(), x)
+        return self.likelihood.log_prob(at_least_float32(self.decode(z)), x)
 
     def terms(self, x: Tensor, params: Tensor | None = None) -> Terms:
         """One batch ``[B, *data_shape]`` through the model; ``params`` stand for ``encode(x)`` if given."""

@@ -10,12 +10,12 @@ def flat(tensors):
 
 
 def groups_of(model):
-    """The parameters of a model by what they are for, without those that a layer trains for itself."""
+    """The parameters of q and of p, without those that a layer trains for itself."""
     groups = {}
     own = {id(p) for layer in model.stochastic_layers for p in layer.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in own:
-            groups.setdefault(name.split(".")[0], []).append(parameter)
+            groups.setdefault("q" if name.startswith(("encoder", "upwards")) else "p", []).append(parameter)
     return groups
 
 
