@@ -1,6 +1,7 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
 from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
+from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
     BernoulliLikelihood,
@@ -34,5 +35,6 @@ __all__ = [
     "Report",
     "ReproducibleNoise",
     "StandardPrior",
+    "StochasticClassifier",
     "Terms",
 ]

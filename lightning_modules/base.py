@@ -198,7 +198,9 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
         if num_draws < 2:
             raise ValueError(f"needed num_draws >= 2 to measure a variance, got {num_draws}.")
         if not all(layer.training for layer in self.stochastic_layers):
-            raise ValueError("needed a model in training mode, got one in eval(), which has no estimator; call .train().")
+            raise ValueError(
+                "needed a model in training mode, got one in eval(), which has no estimator; call .train()."
+            )
         chunks: list[list[Tensor]] = []
         with preserved(self), torch.enable_grad():
             params = self.encode(x).detach()

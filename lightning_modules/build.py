@@ -15,8 +15,8 @@ from lightning_modules.likelihoods import (
     GaussianLikelihood,
     Likelihood,
 )
-from lightning_modules.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from lightning_modules.multi_sample import IWAE, RWS, TVO, Renyi
+from lightning_modules.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from lightning_modules.objectives import ELBO, Objective
 from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
 from stochastic_layers import StochasticLayer, create

@@ -47,8 +47,13 @@ def check_gradients(model, x, exact, *, replicates=1000, visible_bias=0.05, max_
             draws[name].append(flat(gradients[start : start + len(group)]))
             start += len(group)
         if len(draws[name]) == 60:  # enough to see how many are needed
-            needed = max(60, *(math.ceil(60 * (8 * _projection(torch.stack(d), exact[n])[1] / visible_bias) ** 2 * 1.2)
-                               for n, d in draws.items()))
+            needed = max(
+                60,
+                *(
+                    math.ceil(60 * (8 * _projection(torch.stack(d), exact[n])[1] / visible_bias) ** 2 * 1.2)
+                    for n, d in draws.items()
+                ),
+            )
             assert needed <= max_batches, f"a bias of {visible_bias:g} would need {needed} batches"
     for name, rows in draws.items():
         rows = torch.stack(rows)
@@ -57,7 +62,9 @@ def check_gradients(model, x, exact, *, replicates=1000, visible_bias=0.05, max_
         value, spread = _projection(rows, exact[name])
         z = max(float(z), abs(value - 1) / (spread + 1e-12))
         difference = float((rows.mean(0) - exact[name]).norm() / exact[name].norm())
-        assert z < 5, f"{name}: {z:.1f} standard errors off after {len(rows)} batches, relative difference {difference:.3g}"
+        assert z < 5, (
+            f"{name}: {z:.1f} standard errors off after {len(rows)} batches, relative difference {difference:.3g}"
+        )
 
 
 def _projection(rows, exact):

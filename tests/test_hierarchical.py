@@ -175,9 +175,11 @@ def test_ancestral_draws_follow_the_model():
     model, _ = hierarchy([LOO, LOO])
     outcomes = enumerate_outcomes(model.stochastic_layers[0])
     top = model.layers[1].family.log_prob(model.prior(torch.device("cpu")), outcomes).exp()
-    middle = model.layers[0].family.log_prob(
-        model.layers[0].distribution(model.downwards[0](outcomes)), outcomes.unsqueeze(1)
-    ).exp()  # [z_1, z_2]
+    middle = (
+        model.layers[0]
+        .family.log_prob(model.layers[0].distribution(model.downwards[0](outcomes)), outcomes.unsqueeze(1))
+        .exp()
+    )  # [z_1, z_2]
     exact = ((middle @ top).unsqueeze(-1) * model.likelihood.mean(model.decode(outcomes))).sum(0)
     draws = model.generate(40_000)
     error = draws.std(0) / 200

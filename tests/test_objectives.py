@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from gradients_of_models import check_gradients, exact_gradients
 
 import stochastic_layers as sl
 from lightning_modules import ELBO, IWAE, RWS, TVO, VAE, Renyi, Terms
 from lightning_modules.cli import main
 from stochastic_layers.testing import enumerate_outcomes
-from gradients_of_models import check_gradients, exact_gradients
 
 LINEAR = {"name": "mlp", "hidden_features": []}
 
@@ -251,7 +251,7 @@ def test_thermodynamic_gradient_tends_to_the_exact_one():
     model, x = discrete_model(TVO(3, 0.2), 2)
     with torch.no_grad():  # q(z) = 1/4, 3/4 for each bit
         model.encoder[1].weight.zero_()
-        model.encoder[1].bias.copy_(torch.tensor([3.0, 1 / 3]).log())
+        model.encoder[1].bias.copy_(torch.tensor([3.0, 1 / 3], dtype=torch.float64).log())
     family, params = model.layer.family, model.encode(x.unsqueeze(0))
     outcomes = enumerate_outcomes(model.layer)
     q = model.layer.distribution(params)
