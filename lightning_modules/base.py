@@ -32,7 +32,7 @@ _Terms = TypeVar("_Terms")
 
 
 class LatentVariableModel(LightningModule, Generic[_Terms]):
-    """Base of models p(x, z) q(z | x) that one optimizer trains on one scalar loss; see :class:`VAE` for what is logged.
+    """Base of models p(x, z), q(z | x) that one optimizer trains on one scalar loss; :class:`VAE` says what is logged.
 
     Args:
         options: The arguments of the subclass, by name, for the checkpoint.
@@ -110,6 +110,10 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
     def probed(self, terms: _Terms, params: Tensor) -> list[tuple[Tensor, int]]:
         """The params of every layer in ``terms`` with their batch dimension; ``params`` were those of the first."""
         return [(params, 0)]
+
+    @abstractmethod
+    def generate(self, num_samples: int) -> Tensor:
+        """Means of p(x | z) at draws z of the prior: ``[num_samples, *data_shape]``."""
 
     @property
     def title(self) -> str:
@@ -198,9 +202,7 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
         if num_draws < 2:
             raise ValueError(f"needed num_draws >= 2 to measure a variance, got {num_draws}.")
         if not all(layer.training for layer in self.stochastic_layers):
-            raise ValueError(
-                "needed a model in training mode, got one in eval(), which has no estimator; call .train()."
-            )
+            raise ValueError("needed a model in training mode, got eval(), which has no estimator; call model.train().")
         chunks: list[list[Tensor]] = []
         with preserved(self), torch.enable_grad():
             params = self.encode(x).detach()
@@ -212,7 +214,7 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
                 gradients = torch.autograd.grad(self.loss(terms).sum(), tensors)
                 chunks.append(
                     [
-                        g.movedim(dim, 0).double().unflatten(0, (draws, len(x)))
+                        g.movedim(dim, 0).double().reshape(draws, len(x), *_without(g.shape, dim))
                         for g, dim in zip(gradients, dims, strict=True)
                     ]
                 )
@@ -294,7 +296,7 @@ def plain_options(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if _is_marked(value):
             raise ValueError(
                 f"needed {name}=..., got a checkpoint of a model whose {name} was or held an object, which checkpoints "
-                f"do not keep; pass the same: {owner}.load_from_checkpoint(path, {name}=...)."
+                f"do not keep; pass the same object: {owner}.load_from_checkpoint(path, {name}=...)."
             )
     return {name: _plain(value) for name, value in options.items()}
 
@@ -318,3 +320,7 @@ def _plain(value: Any) -> Any:
 def _repeat(tensor: Tensor, times: int) -> Tensor:
     """``[B, ...]`` -> ``[times * B, ...]``, a new tensor."""
     return tensor.detach().expand(times, *tensor.shape).flatten(0, 1).clone()
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [n for i, n in enumerate(shape) if i != dim]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_modules.base import fused_adam, log_interval, own_noise
@@ -85,8 +86,8 @@ class StochasticClassifier(LightningModule):
         self.network = network
         if dataset_size is None and self.kl_divergence() is not None:
             raise ValueError(
-                "needed dataset_size with Bayesian layers, got None; pass the number of training examples, because their "
-                "KL is counted once for the whole data set."
+                "needed dataset_size with Bayesian layers, got None; pass the number of training examples, because "
+                "their KL is counted once for the whole data set."
             )
         self.num_classes = num_classes
         self.dataset_size = dataset_size
@@ -178,7 +179,7 @@ class StochasticClassifier(LightningModule):
         }
         probs = logits.softmax(-1).mean(0)
         for name, metrics in (("accuracy", self.accuracies), ("calibration_error", self.calibrations)):
-            metric = metrics[f"{stage}_stage"]
+            metric = cast(Metric, metrics[f"{stage}_stage"])
             metric.update(probs, y)
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(y))
         for name, value in values.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ class HierarchicalTerms:
         params: Params of each layer, ``[S_{l-1}, ..., S_1, B, in_features]``.
         samples: The sample of each layer.
         log_likelihood: log p(x | z_1) ``[S_1, B]``.
-        log_ratios: For each layer but the last, log q(z_l) - log p(z_l | z_{l+1}) is split into the two levels at which
-            it is known: log q(z_l) ``[S_l, ..., B]``; for the last, log q - log p, or ``None`` where the KL is analytic.
+        log_ratios: For each layer but the last log q(z_l) ``[S_l, ..., B]``, whose log p is known one level higher; for
+            the last log q - log p, or ``None`` where the KL is analytic.
         log_priors: log p(z_l | z_{l+1}) ``[S_{l+1}, ..., B]`` for each layer but the last.
         kl: Closed-form KL of the last layer ``[S_{L-1}, ..., B]``, ``None`` where there is none.
     """
@@ -167,7 +168,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         first = built[0]
         self.encoder = build_encoder(encoder, self.data_shape, first.in_features)
         self.decoder = build_decoder(decoder, first.out_features, self.output_shape)
-        pairs = list(zip(built[:-1], built[1:], strict=True))
+        pairs = list(pairwise(built))
         self.upwards = nn.ModuleList(MLPEncoder([a.out_features], b.in_features, hidden_features) for a, b in pairs)
         self.downwards = nn.ModuleList(MLPDecoder(b.out_features, [a.in_features], hidden_features) for a, b in pairs)
         self.kl_method = self._dry_run()

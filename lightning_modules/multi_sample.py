@@ -33,8 +33,8 @@ def _check_pathwise(what: str, layer: StochasticLayer, instead: str) -> None:
 def _check_independent(what: str, layer: StochasticLayer, num_samples: int) -> None:
     if not (layer.exact_draws and layer.independent_draws):
         raise ValueError(
-            f"needed a layer whose draws are exact, independent and equally weighted for {what}, got {layer.name!r}; the "
-            "objective replaces the layer's estimator by its own, so use layer='reinforce' (or 'gaussian') with "
+            f"needed a layer whose draws are exact, independent and equally weighted for {what}, got {layer.name!r}; "
+            "the objective replaces the layer's estimator by its own, so use layer='reinforce' (or 'gaussian') with "
             "num_samples=K."
         )
     if layer.num_samples < num_samples:
@@ -222,17 +222,12 @@ class Renyi(_MultiSample):
     def loss(self, terms: Terms, step: int) -> Tensor:
         log_weights, k = terms.log_weights, terms.log_weights.shape[0]
         power = 1.0 - self.alpha
-        if power == 0:
-            bound = log_weights.mean(0)
-        else:
-            bound = ((power * log_weights).logsumexp(0) - math.log(k)) / power
+        bound = log_weights.mean(0) if power == 0 else ((power * log_weights).logsumexp(0) - math.log(k)) / power
         if self.gradient == "pathwise":
             return -bound
         weights = log_weights.detach()
-        if power == 0:
-            control = (weights.sum(0) - weights) / (k - 1)
-        else:
-            control = _control(power * weights, "geometric") / power
+        mean_of_others = (weights.sum(0) - weights) / (k - 1)
+        control = mean_of_others if power == 0 else _control(power * weights, "geometric") / power
         return -_value_and_gradient_of(bound, _score(terms, bound.detach() - control))
 
 

@@ -48,8 +48,8 @@ class VAE(LatentVariableModel[Terms]):
         prior: ``"standard"`` for the family's customary prior, ``"learned"``, or a :class:`Prior`.
         likelihood: ``"bernoulli"``, ``"categorical"``, ``"gaussian"``, ``"discretized_logistic"``, or a
             :class:`Likelihood`.
-        objective: ``"elbo"``, ``"iwae"``, ``"renyi"``, ``"rws"``, ``"tvo"``, or an :class:`Objective`; a mapping such as
-            ``{"name": "iwae", "gradient": "dreg"}`` sets options.
+        objective: ``"elbo"``, ``"iwae"``, ``"renyi"``, ``"rws"``, ``"tvo"``, or an :class:`Objective`; a mapping
+            such as ``{"name": "iwae", "gradient": "dreg"}`` sets options.
         data_shape: Shape of one example.
         lr: Learning rate.
         baseline_lr: Learning rate of the layer's own parameters (learned baselines, control variates); ``lr`` if None.

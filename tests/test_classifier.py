@@ -48,9 +48,9 @@ def network(name="reinforce", **options):
     ("name", "options"), [("reinforce", LOO), ("straight_through", {}), ("gaussian", {"num_samples": 2})]
 )
 def test_a_network_with_a_sampling_layer_learns_the_digits(name, options, tmp_path):
-    model = StochasticClassifier(network(name, **options), 10, lr=5e-3, eval_draws=4)
-    run = trainer(tmp_path, max_epochs=12)
-    run.fit(model, Digits())
+    model = StochasticClassifier(network(name, **options), 10, lr=1e-2, eval_draws=4)
+    run = trainer(tmp_path, max_epochs=8)
+    run.fit(model, Digits(batch_size=32))
     assert {"train/loss", "train/accuracy", "train/expected_log_likelihood"} <= set(run.callback_metrics)
     assert "train/kl" not in run.callback_metrics
     run.test(model, Digits(), verbose=False)
@@ -112,9 +112,9 @@ def test_inner_parts_of_a_bayesian_layer_are_not_counted_again():
 
 def test_a_bayesian_network_learns_and_reports_its_kl(tmp_path):
     net = nn.Sequential(nn.Flatten(), NoisyLinear(64, 32), nn.ReLU(), NoisyLinear(32, 10))
-    model = StochasticClassifier(net, 10, dataset_size=1257, lr=5e-3, eval_draws=8)
+    model = StochasticClassifier(net, 10, dataset_size=1257, lr=1e-2, eval_draws=8)
     run = trainer(tmp_path, max_epochs=8)
-    run.fit(model, Digits())
+    run.fit(model, Digits(batch_size=32))
     assert float(run.callback_metrics["train/kl"]) > 0
     metrics = {k: float(v) for k, v in run.callback_metrics.items()}
     assert metrics["val/accuracy"] > 0.6
@@ -124,7 +124,7 @@ def test_a_bayesian_network_learns_and_reports_its_kl(tmp_path):
 
 def test_layers_and_weights_may_both_be_random(tmp_path):
     net = nn.Sequential(nn.Flatten(), NoisyLinear(64, 8), sl.create("reinforce", latent_dim=8, **LOO), nn.Linear(8, 10))
-    run = trainer(tmp_path, max_steps=3)
+    run = trainer(tmp_path, max_epochs=1)
     run.fit(StochasticClassifier(net, 10, dataset_size=1257), Digits())
     assert math.isfinite(float(run.callback_metrics["val/loss"]))
 

@@ -18,13 +18,13 @@ ONE = {"name": "reinforce", "latent_dim": 1, "baseline": "none"}
 GAUSSIAN = {"name": "gaussian", "latent_dim": 1}
 
 
-def hierarchy(layers, **options):
+def hierarchy(layers, scale=0.8, **options):
     torch.manual_seed(5)
     options = {"data_shape": (3,), "encoder": LINEAR, "decoder": LINEAR, **options}
     model = HierarchicalVAE(layers, **options)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.8 * torch.randn_like(parameter))
+            parameter.copy_(scale * torch.randn_like(parameter))
     return model.double(), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
 
 
@@ -66,7 +66,7 @@ def exact_elbo(model, x, beta=1.0):
 
 
 def test_reference_by_quadrature_has_converged(monkeypatch):
-    model, x = hierarchy([GAUSSIAN, GAUSSIAN])
+    model, x = hierarchy([GAUSSIAN, GAUSSIAN], scale=0.3)
     fine = exact_gradients(model, -exact_elbo(model, x))
     monkeypatch.setattr(nodes_of, "__defaults__", (30,))
     coarse = exact_gradients(model, -exact_elbo(model, x))
@@ -88,7 +88,8 @@ CASES = {
 
 @pytest.mark.parametrize("layers", CASES.values(), ids=CASES)
 def test_gradient_of_every_network_is_exact_in_the_mean(layers):
-    model, x = hierarchy(layers)
+    # tame where quadrature meets quadrature, whose outer nodes multiply
+    model, x = hierarchy(layers, scale=0.3 if all(layer["name"] == "gaussian" for layer in layers) else 0.8)
     check_gradients(model, x, exact_gradients(model, -exact_elbo(model, x)))
 
 
@@ -103,18 +104,18 @@ def test_gradient_is_that_of_the_weighted_kl():
     check_gradients(model, x, exact_gradients(model, -exact_elbo(model, x, beta=0.3)))
 
 
-def test_straight_through_is_exact_where_everything_above_is_linear():
-    """A Gaussian likelihood of a scale so large that the log-density is linear in z, and no term of the KL."""
+def test_straight_through_is_exact_where_the_cost_is_linear():
+    """A Gaussian likelihood around W z + b with large b and tiny W is linear in z but for 1e-8 of it."""
     layers = [{"name": "straight_through", "latent_dim": 2}, {"name": "straight_through", "latent_dim": 2}]
     model, x = hierarchy(layers, objective=ELBO(beta=0.0), likelihood={"name": "gaussian", "initial_scale": 1.0})
-    decoder = model.decoder[0]
-    # log p(x | z) is quadratic in W z; with orthogonal columns that leave no square beyond bits, z^2 = z, it is linear
     with torch.no_grad():
-        decoder.weight.copy_(1e-4 * torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.5, 1.0]]))
-        decoder.bias.copy_(torch.tensor([3000.0, -2000.0, 1000.0]))
+        model.decoder[0].weight.copy_(1e-4 * torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.5, 1.0]]))
+        model.decoder[0].bias.copy_(torch.tensor([3000.0, -2000.0, 1000.0]))
         model.likelihood.log_scale.fill_(0.0)
-    exact = exact_gradients(model, -exact_elbo(model, x, beta=0.0))
-    check_gradients(model, x, exact, only=["q"])
+    exact = exact_gradients(model, -exact_elbo(model, x, beta=0.0))["q"]
+    loss = model.loss(model.terms(x.unsqueeze(0)))  # no spread at all: one draw will do
+    assert float(exact.norm()) > 0.1
+    torch.testing.assert_close(exact_gradients(model, loss.sum())["q"], exact, rtol=1e-6, atol=1e-7)
 
 
 class Shrunk(HierarchicalVAE):
@@ -141,7 +142,7 @@ def test_a_wrong_term_is_seen():
 @pytest.mark.parametrize("layers", [[LOO, LOO, LOO], [LOO, GAUSSIAN]], ids=["bits", "mixed"])
 def test_reported_bound_is_exact_in_the_mean_in_training_and_in_evaluation(layers):
     model, x = hierarchy(layers)
-    exact = float(exact_elbo(model, x))
+    exact = float(exact_elbo(model, x).detach())
     for training in (True, False):
         model.train(training)
         with torch.no_grad():
@@ -164,11 +165,11 @@ def test_importance_weighted_bound_tends_to_the_log_evidence():
         + model.layers[0].family.log_prob(conditional, below)
         + model.likelihood.log_prob(model.decode(below).unsqueeze(1), x.unsqueeze(0)).squeeze(1)
     )
-    evidence = float(log_joint.logsumexp(0))
+    evidence = float(log_joint.logsumexp(0).detach())
     model.eval()
     bound = float(model.importance_weighted_bound(x.unsqueeze(0), 200_000))
     assert abs(bound - evidence) < 0.02
-    assert evidence - float(exact_elbo(model, x)) > 0.1  # so that the bound is seen to have moved
+    assert evidence - float(exact_elbo(model, x).detach()) > 0.1  # so that the bound is seen to have moved
 
 
 def test_ancestral_draws_follow_the_model():
@@ -194,13 +195,13 @@ def test_training_logs_the_keys_of_a_vae_and_the_variance_of_every_layer(tmp_pat
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1, limit_test_batches=1,
         default_root_dir=tmp_path, accelerator="cpu",
     )  # fmt: skip
-    trainer.fit(model, Digits(batch_size=32))
+    trainer.fit(model, Digits(batch_size=32, binarization="dynamic"))
     names = ("elbo", "kl", "reconstruction", "grad_variance", "grad_snr", "grad_variance/1", "grad_variance/2")
     metrics = trainer.callback_metrics
     assert {f"train/{n}" for n in names} <= set(metrics)
     parts = metrics["train/grad_variance/1"] + metrics["train/grad_variance/2"]
     torch.testing.assert_close(metrics["train/grad_variance"], parts)
-    trainer.test(model, Digits(batch_size=32), verbose=False)
+    trainer.test(model, Digits(batch_size=32, binarization="dynamic"), verbose=False)
     assert set(trainer.callback_metrics) == {f"test/{n}" for n in ("elbo", "kl", "reconstruction", "iwae")}
 
 
@@ -208,14 +209,14 @@ def test_checkpoint_restores_a_hierarchy_of_names_and_asks_for_objects(tmp_path)
     model = HierarchicalVAE([{**LOO, "latent_dim": 8}, GAUSSIAN])
     trainer = Trainer(max_epochs=0, logger=False, default_root_dir=tmp_path, accelerator="cpu", barebones=False,
                       enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
-    trainer.fit(model, Digits())
+    trainer.fit(model, Digits(binarization="dynamic"))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     restored = HierarchicalVAE.load_from_checkpoint(tmp_path / "a.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), restored.parameters(), strict=True))
     held = HierarchicalVAE([model.stochastic_layers[0], GAUSSIAN])
-    trainer.fit(held, Digits())
+    trainer.fit(held, Digits(binarization="dynamic"))
     trainer.save_checkpoint(tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match="layers=..."):
+    with pytest.raises(ValueError, match="needed layers="):
         HierarchicalVAE.load_from_checkpoint(tmp_path / "b.ckpt")
 
 

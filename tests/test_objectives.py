@@ -49,7 +49,7 @@ def log_joint(model, x, z):
 
 
 def tuples(model, x, k):
-    """Probability ``[T]``, log-weights ``[T, K]``, log q ``[T, K]`` and log p ``[T, K]`` of every K-tuple of outcomes."""
+    """Probability ``[T]``, log-weights, log q and log p ``[T, K]`` of every K-tuple of outcomes."""
     z = enumerate_outcomes(model.layer)
     log_q = model.layer.family.log_prob(model.layer.distribution(model.encode(x.unsqueeze(0))), z)
     log_p = log_joint(model, x, z)
@@ -71,7 +71,7 @@ def enumerated(model, x, k, value=bound):
 
 
 def integrated(model, x, k, nodes, value=bound):
-    """The same for one Gaussian latent variable, by a product of Gauss-Hermite rules; tuples count up to their order."""
+    """The same for one Gaussian variable, by a product of Gauss-Hermite rules; tuples count up to their order."""
     points, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
     q = model.layer.distribution(model.encode(x.unsqueeze(0)))
     z = q.mean + q.stddev * points.unsqueeze(-1)
@@ -262,15 +262,16 @@ def test_thermodynamic_gradient_tends_to_the_exact_one():
     for beta, end in itertools.pairwise(ends):
         pi = (probability.log() + beta * log_weights).softmax(0)
         exact = exact + (end - beta) * (pi * log_weights).sum()
-    expected = exact_gradients(model, -exact)
+    expected, exact = exact_gradients(model, -exact), exact.detach()
 
-    copies = (probability * 16 * 2000).round().long()
+    copies = (probability.detach() * 16 * 2000).round().long()
     z = outcomes.repeat_interleave(copies, 0).unsqueeze(1)
+    params = model.encode(x.unsqueeze(0))
     log_q = family.log_prob(model.layer.distribution(params), z)
     log_prior = family.log_prob(model.prior(x.device), z)
     sample = model.layer.sample(params)
     loss = model.loss(Terms(sample, model.log_likelihood(z, x.unsqueeze(0)), log_prior, log_q, None, z)).sum()
-    torch.testing.assert_close(loss, -exact, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss.detach(), -exact, rtol=1e-9, atol=1e-9)
     got = exact_gradients(model, loss)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=2e-4, atol=2e-4)
@@ -410,9 +411,22 @@ def test_probe_needs_training_mode_and_two_redraws():
 def test_command_line_sets_the_gradient_of_the_bound(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(
-        ["fit", "--model.layer", "gaussian", "--model.layer_options.num_samples", "4", *words]
-        + ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
-        + ["--trainer.accelerator", "cpu"]
+        [
+            "fit",
+            "--model.layer",
+            "gaussian",
+            "--model.layer_options.num_samples",
+            "4",
+            "--trainer.fast_dev_run",
+            "true",
+            "--trainer.logger",
+            "false",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.accelerator",
+            "cpu",
+        ]
+        + words
     )
 
 

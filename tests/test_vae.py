@@ -154,9 +154,7 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         VAE("gaussian", objective={"name": "elbo", "betta": 2})
     with pytest.raises(ValueError, match="needed beta >= 0"):
         ELBO(beta=-1)
-    with pytest.raises(
-        ValueError, match="needed a pathwise layer for objective .iwae. with gradient .pathwise., got .reinforce."
-    ):
+    with pytest.raises(ValueError, match="needed a pathwise layer for objective 'iwae' with gradient 'pathwise'"):
         VAE("reinforce", objective="iwae")
     with pytest.raises(ValueError, match="no layer_options with a layer object"):
         VAE(sl.create("gaussian", latent_dim=2), {"latent_dim": 3})
