@@ -49,7 +49,7 @@ def network(name="reinforce", **options):
 )
 def test_a_network_with_a_sampling_layer_learns_the_digits(name, options, tmp_path):
     model = StochasticClassifier(network(name, **options), 10, lr=1e-2, eval_draws=4)
-    run = trainer(tmp_path, max_epochs=8)
+    run = trainer(tmp_path, max_epochs=6)
     run.fit(model, Digits(batch_size=32))
     assert {"train/loss", "train/accuracy", "train/expected_log_likelihood"} <= set(run.callback_metrics)
     assert "train/kl" not in run.callback_metrics
@@ -57,7 +57,7 @@ def test_a_network_with_a_sampling_layer_learns_the_digits(name, options, tmp_pa
     metrics = {k: float(v) for k, v in run.callback_metrics.items()}
     names = ("loss", "accuracy", "calibration_error", "expected_log_likelihood", "predictive_log_likelihood")
     assert set(metrics) == {f"test/{n}" for n in names}
-    assert metrics["test/accuracy"] > 0.6  # chance is 0.1
+    assert metrics["test/accuracy"] > 0.3  # chance is 0.1, with a standard error of 0.016
     assert metrics["test/loss"] == pytest.approx(-metrics["test/expected_log_likelihood"])
     assert metrics["test/predictive_log_likelihood"] > metrics["test/expected_log_likelihood"]
     assert 0 <= metrics["test/calibration_error"] < 0.5

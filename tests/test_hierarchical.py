@@ -172,6 +172,7 @@ def test_importance_weighted_bound_tends_to_the_log_evidence():
     assert evidence - float(exact_elbo(model, x).detach()) > 0.1  # so that the bound is seen to have moved
 
 
+@torch.no_grad()
 def test_ancestral_draws_follow_the_model():
     model, _ = hierarchy([LOO, LOO])
     outcomes = enumerate_outcomes(model.stochastic_layers[0])

@@ -410,24 +410,9 @@ def test_probe_needs_training_mode_and_two_redraws():
 )
 def test_command_line_sets_the_gradient_of_the_bound(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(
-        [
-            "fit",
-            "--model.layer",
-            "gaussian",
-            "--model.layer_options.num_samples",
-            "4",
-            "--trainer.fast_dev_run",
-            "true",
-            "--trainer.logger",
-            "false",
-            "--trainer.enable_progress_bar",
-            "false",
-            "--trainer.accelerator",
-            "cpu",
-        ]
-        + words
-    )
+    quiet = {"fast_dev_run": "true", "logger": "false", "enable_progress_bar": "false", "accelerator": "cpu"}
+    options = [word for key, value in quiet.items() for word in (f"--trainer.{key}", value)]
+    main(["fit", "--model.layer", "gaussian", "--model.layer_options.num_samples", "4", *words, *options])
 
 
 def test_command_line_answers_an_impossible_combination_in_one_line(tmp_path, monkeypatch):
