@@ -11,6 +11,7 @@ from torch import nn
 import stochastic_layers as sl
 from lightning_modules import ReproducibleNoise, StochasticClassifier
 from lightning_modules.data import Digits
+from stochastic_layers import bayesian
 
 LOO = {"num_samples": 4, "baseline": "leave_one_out"}
 
@@ -120,6 +121,20 @@ def test_a_bayesian_network_learns_and_reports_its_kl(tmp_path):
     assert metrics["val/accuracy"] > 0.6
     expected = -metrics["val/expected_log_likelihood"] + float(model.kl_divergence().detach()) / 1257
     assert metrics["val/loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cls", [bayesian.ReparameterizationLinear, bayesian.LocalReparameterizationLinear, bayesian.FlipoutLinear]
+)
+def test_bayesian_layers_of_the_package_fit(cls, tmp_path):
+    net = nn.Sequential(nn.Flatten(), cls(64, 16), nn.ReLU(), cls(16, 10))
+    model = StochasticClassifier(net, 10, dataset_size=1257, eval_draws=4)
+    torch.testing.assert_close(model.kl_divergence(), bayesian.kl_divergence(net))
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(model, Digits())
+    values = {k: float(v) for k, v in run.callback_metrics.items()}
+    assert values["val/predictive_log_likelihood"] > values["val/expected_log_likelihood"]
+    assert model.draws(torch.rand(3, 1, 8, 8)).std(0).min() > 0  # weights are drawn in every pass
 
 
 def test_layers_and_weights_may_both_be_random(tmp_path):
