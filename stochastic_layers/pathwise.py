@@ -73,6 +73,7 @@ class Pathwise(StochasticLayer):
     )
     unbiased = True
     needs = ("cost_gradient",)
+    independent_draws = True
     reference = (
         "Implicit Reparameterization Gradients (Figurnov, Mohamed and Mnih, 2018). https://arxiv.org/abs/1805.08498"
     )
@@ -120,7 +121,6 @@ class Gaussian(Pathwise):
     """
 
     families = ("gaussian",)
-    independent_draws = True
     reference = "Auto-Encoding Variational Bayes (Kingma and Welling, 2013). https://arxiv.org/abs/1312.6114"
 
     def __init__(self, latent_dim: int, *, family: str = "gaussian", num_samples: int = 1) -> None:

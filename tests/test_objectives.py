@@ -307,6 +307,8 @@ def test_weights_of_enormous_spread_give_finite_gradients():
         ("straight_through", {"num_samples": 4}, IWAE("dreg"), "gradient='vimco' or 'ovis'"),
         ("gumbel_softmax", {"num_categories": 3}, IWAE("vimco"), "layer='reinforce'"),
         ("gumbel_softmax", {"num_categories": 3}, IWAE(), "layer='gaussian'"),
+        ("antithetic", {"num_samples": 2}, IWAE("dreg"), "'gaussian'"),
+        ("disarm", {"num_samples": 2}, IWAE("ovis"), "layer='reinforce'"),
         ("reinforce", {}, IWAE("vimco"), "num_samples': 8"),
         ("reinforce", {}, IWAE("ovis"), "num_samples': 8"),
         ("gaussian", {"num_samples": 2}, IWAE("stl"), "gradient='dreg'"),
