@@ -1,6 +1,8 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
 from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
+from lightning_modules.classifier import StochasticClassifier
+from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -8,24 +10,31 @@ from lightning_modules.likelihoods import (
     GaussianLikelihood,
     Likelihood,
 )
-from lightning_modules.objectives import ELBO, IWAE, Objective
+from lightning_modules.multi_sample import IWAE, RWS, TVO, Renyi
+from lightning_modules.objectives import ELBO, Objective, Terms
 from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
 from lightning_modules.vae import VAE
 
 __all__ = [
     "ELBO",
     "IWAE",
+    "RWS",
+    "TVO",
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "DiscretizedLogistic",
     "GaussianLikelihood",
+    "HierarchicalVAE",
     "LearnedPrior",
     "Likelihood",
     "Objective",
     "Pictures",
     "Prior",
+    "Renyi",
     "Report",
     "ReproducibleNoise",
     "StandardPrior",
+    "StochasticClassifier",
+    "Terms",
 ]

@@ -15,8 +15,9 @@ from lightning_modules.likelihoods import (
     GaussianLikelihood,
     Likelihood,
 )
+from lightning_modules.multi_sample import IWAE, RWS, TVO, Renyi
 from lightning_modules.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
-from lightning_modules.objectives import ELBO, IWAE, Objective
+from lightning_modules.objectives import ELBO, Objective
 from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
 from stochastic_layers import StochasticLayer, create
 from stochastic_layers.families import Family, takes_categories
@@ -25,7 +26,7 @@ from stochastic_layers.registry import layer_class, nearest
 __all__ = ["build_decoder", "build_encoder", "build_layer", "build_likelihood", "build_objective", "build_prior"]
 
 LIKELIHOODS = {c.name: c for c in (BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogistic, GaussianLikelihood)}
-OBJECTIVES = {c.name: c for c in (ELBO, IWAE)}
+OBJECTIVES = {c.name: c for c in (ELBO, IWAE, Renyi, RWS, TVO)}
 PRIORS = {c.name: c for c in (LearnedPrior, StandardPrior)}
 ENCODERS = {"mlp": MLPEncoder, "conv": ConvEncoder}
 DECODERS = {"mlp": MLPDecoder, "conv": ConvDecoder}

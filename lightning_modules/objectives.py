@@ -1,4 +1,4 @@
-"""Objectives: what a VAE maximises, from the cost terms of one batch."""
+"""The contract of objectives: what a VAE maximises, from the terms of one batch; and the evidence lower bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochastic_layers import Sample, StochasticLayer
 
-__all__ = ["ELBO", "IWAE", "Objective", "Terms"]
+__all__ = ["ELBO", "Objective", "Terms"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Terms:
         log_prior: log p(z) ``[S, B]``, ``None`` where the KL is analytic and the objective does not ask for it.
         log_q: log q(z) ``[S, B]``, likewise.
         kl: Closed-form KL per latent variable ``[B, L]``, ``None`` where there is none.
+        z: The points ``[S, B, ...]`` at which the other terms were taken, where they were cut from the layer's params
+            (:attr:`Objective.detaches_draws`), else ``None``.
     """
 
     sample: Sample
@@ -31,13 +33,41 @@ class Terms:
     log_prior: Tensor | None
     log_q: Tensor | None
     kl: Tensor | None
+    z: Tensor | None = None
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z) ``[S, B]``, where the objective asked for it."""
+        assert self.log_prior is not None
+        return self.log_likelihood + self.log_prior
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q(z) ``[S, B]``, where the objective asked for it."""
+        assert self.log_q is not None
+        return self.log_joint - self.log_q
 
 
 class Objective(ABC):
-    """An objective maps :class:`Terms` to a loss; it states which layers it works with."""
+    """An objective maps :class:`Terms` to a loss; it states which layers it works with.
+
+    Attributes:
+        name: Its name in configurations and log keys.
+        needs_log_weights: Whether it asks for ``log_prior`` and ``log_q``.
+    """
 
     name: ClassVar[str]
     needs_log_weights: ClassVar[bool] = False
+
+    @property
+    def detaches_draws(self) -> bool:
+        """Whether the terms are taken at draws cut from the layer's params, which get their gradient by ``loss``."""
+        return False
+
+    @property
+    def stops_q(self) -> bool:
+        """Whether ``log_q`` is taken at constant params."""
+        return False
 
     def check(self, layer: StochasticLayer) -> None:
         """Refuse, at construction, a layer whose gradient this objective cannot use; by default accept all.
@@ -100,28 +130,3 @@ class ELBO(Objective):
             return terms.sample.surrogate(cost + weight * (terms.log_q - terms.log_prior))
         kl = terms.kl.mean(0).clamp_min(self.free_bits).sum() if self.free_bits else terms.kl.sum(-1)
         return terms.sample.surrogate(cost) + weight * kl
-
-
-@dataclass(frozen=True)
-class IWAE(Objective):
-    """The importance-weighted bound, log mean_k p(x, z_k) / q(z_k), with its pathwise gradient; K is the layer's S.
-
-    References:
-        Importance Weighted Autoencoders (Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2015),
-        https://arxiv.org/abs/1509.00519
-    """
-
-    name: ClassVar[str] = "iwae"
-    needs_log_weights: ClassVar[bool] = True
-
-    def check(self, layer: StochasticLayer) -> None:
-        if layer.needs != ("cost_gradient",) or layer.unbiased is not True or not layer.exact_draws:
-            raise ValueError(
-                f"needed a pathwise layer for objective 'iwae', got {layer.name!r}: the bound is a logarithm of a mean "
-                "over draws, whose gradient must flow through exact draws. Use layer='gaussian', or objective='elbo'."
-            )
-
-    def loss(self, terms: Terms, step: int) -> Tensor:
-        assert terms.log_q is not None and terms.log_prior is not None
-        log_weights = terms.log_likelihood + terms.log_prior - terms.log_q
-        return math.log(log_weights.shape[0]) - log_weights.logsumexp(0)

@@ -4,47 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.build import (
-    build_decoder,
-    build_encoder,
-    build_layer,
-    build_likelihood,
-    build_objective,
-    build_prior,
-)
+from lightning_modules.base import LatentVariableModel, at_least_float32
+from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.likelihoods import Likelihood
-from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective, Terms
 from lightning_modules.priors import Prior, kl_per_latent
 from stochastic_layers import StochasticLayer
-from stochastic_layers.diagnostics import GradientStatistics, gradient_statistics, preserved
+from stochastic_layers.diagnostics import GradientStatistics, preserved
 
-__all__ = ["VAE", "data_of", "log_interval"]
-
-_OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
-PROBE_EXAMPLES = 16
-PROBE_DRAWS = 8
-MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weighted bound
+__all__ = ["VAE"]
 
 
-class VAE(LightningModule):
+class VAE(LatentVariableModel[Terms]):
     r"""A VAE: encoder, any stochastic layer, decoder; trained by one optimizer on one scalar loss.
 
     Logged, for the stages ``train``, ``val`` and ``test``: ``<stage>/elbo`` (nats per example, higher is better; in
     ``val`` and ``test`` a lower bound of log p(x) on exact draws of q with beta = 1, whatever was annealed),
     ``<stage>/kl``, ``<stage>/reconstruction`` (:math:`E_q \log p(x \mid z)`), ``<stage>/iwae`` where asked, and
-    ``train/grad_variance`` and ``train/grad_snr``: total variance and signal-to-noise ratio of the estimator of the
-    gradient with respect to the layer's params, at fixed params and data, per example
-    (:class:`~stochastic_layers.diagnostics.GradientStatistics`). Training values are those of the batch at every
+    ``train/grad_variance`` and ``train/grad_snr``: total variance and signal-to-noise ratio of the gradient of the
+    objective (all its terms) with respect to the layer's params, at fixed params and data, per example
+    (:class:`~stochastic_layers.diagnostics.GradientStatistics`). An objective other than the ELBO also logs its own
+    value under its own name (``train/iwae``, ``train/tvo``, ...). Training values are those of the batch at every
     ``log_every_n_steps``.
 
     Every argument that names a part takes a name, a mapping ``{"name": ..., **options}``, or an object. Objects are not
@@ -61,7 +48,8 @@ class VAE(LightningModule):
         prior: ``"standard"`` for the family's customary prior, ``"learned"``, or a :class:`Prior`.
         likelihood: ``"bernoulli"``, ``"categorical"``, ``"gaussian"``, ``"discretized_logistic"``, or a
             :class:`Likelihood`.
-        objective: ``"elbo"``, ``"iwae"``, or an :class:`Objective`; ``{"name": "elbo", "beta": 4.0}`` sets options.
+        objective: ``"elbo"``, ``"iwae"``, ``"renyi"``, ``"rws"``, ``"tvo"``, or an :class:`Objective`; a mapping
+            such as ``{"name": "iwae", "gradient": "dreg"}`` sets options.
         data_shape: Shape of one example.
         lr: Learning rate.
         baseline_lr: Learning rate of the layer's own parameters (learned baselines, control variates); ``lr`` if None.
@@ -94,7 +82,6 @@ class VAE(LightningModule):
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         iwae_samples: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__()
         options = dict(
             layer=layer,
             layer_options=layer_options,
@@ -109,33 +96,28 @@ class VAE(LightningModule):
             optimizer=optimizer,
             iwae_samples=iwae_samples,
         )
-        for name, value in options.items():
-            if isinstance(value, str) and value == _OBJECT:
-                raise ValueError(
-                    f"needed {name}=..., got a checkpoint of a model whose {name} was an object, which checkpoints do "
-                    f"not keep; pass the same object: VAE.load_from_checkpoint(path, {name}=...)."
-                )
-        self.save_hyperparameters({name: _plain(value) for name, value in options.items()})
-
-        self.data_shape = tuple(data_shape)
+        super().__init__(
+            options,
+            data_shape=data_shape,
+            likelihood=likelihood,
+            objective=objective,
+            lr=lr,
+            baseline_lr=baseline_lr,
+            optimizer=optimizer,
+            iwae_samples=iwae_samples,
+        )
         self.layer = build_layer(layer, layer_options)
-        self.likelihood = build_likelihood(likelihood)
-        self.prior = build_prior(prior, self.layer.family)
-        self.objective = build_objective(objective)
         self.objective.check(self.layer)
-        channels, *rest = self.data_shape
-        output_shape = (channels * self.likelihood.outputs_per_value, *rest)
+        self.prior = build_prior(prior, self.layer.family)
         self.encoder = build_encoder(encoder, self.data_shape, self.layer.in_features)
-        self.decoder = build_decoder(decoder, self.layer.out_features, output_shape)
-        self.lr = lr
-        self.baseline_lr = lr if baseline_lr is None else baseline_lr
-        self.make_optimizer = optimizer or _fused_adam
-        self.iwae_samples = dict(iwae_samples or {})
-        if unknown := set(self.iwae_samples) - {"val", "test"}:
-            raise ValueError(f"needed the stages 'val' and 'test' in iwae_samples, got {sorted(unknown)}.")
-        self.latent_shape, self.kl_method = self._dry_run(output_shape)
+        self.decoder = build_decoder(decoder, self.layer.out_features, self.output_shape)
+        self.kl_method = self._dry_run()
 
-    def _dry_run(self, output_shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
+    @property
+    def stochastic_layers(self) -> list[StochasticLayer]:
+        return [self.layer]
+
+    def _dry_run(self) -> str:
         """Send two examples through, so that parts that do not fit are found at construction."""
         modes = {m: m.training for m in self.modules()}
         with preserved(self), torch.no_grad():
@@ -147,11 +129,12 @@ class VAE(LightningModule):
                     f"*positions]) for layer {self.layer.name!r}, got {list(params.movedim(-1, 1).shape)}; its last "
                     "layer has layer.in_features outputs."
                 )
+            self.latent_shape = tuple(params.shape[1:-1])
             q = self.layer.distribution(params)
             output = self.decode(self.layer.mode(params))
-            if list(output.shape) != [2, *output_shape]:
+            if list(output.shape) != [2, *self.output_shape]:
                 raise ValueError(
-                    f"needed a decoder with outputs [N, {', '.join(map(str, output_shape))}] for likelihood "
+                    f"needed a decoder with outputs [N, {', '.join(map(str, self.output_shape))}] for likelihood "
                     f"{self.likelihood.name!r}, got {list(output.shape)}."
                 )
             try:
@@ -161,7 +144,7 @@ class VAE(LightningModule):
                 kl_method = "monte_carlo"
         for module, training in modes.items():
             module.training = training
-        return tuple(params.shape[1:-1]), kl_method
+        return kl_method
 
     def encode(self, x: Tensor) -> Tensor:
         """Data ``[B, *data_shape]`` -> params ``[B, *positions, layer.in_features]``."""
@@ -170,8 +153,7 @@ class VAE(LightningModule):
 
     def decode(self, z: Tensor) -> Tensor:
         """z ``[..., *positions, layer.out_features]`` -> decoder outputs ``[..., outputs_per_value * C, ...]``."""
-        positions = getattr(self, "latent_shape", None)
-        positions = z.dim() - 2 if positions is None else len(positions)  # the dry run has one leading dimension
+        positions = len(self.latent_shape)
         lead = z.shape[: z.dim() - 1 - positions]
         flat = z.reshape(-1, *z.shape[z.dim() - 1 - positions :])
         output: Tensor = self.decoder(flat.movedim(-1, 1) if positions else flat)
@@ -179,17 +161,42 @@ class VAE(LightningModule):
 
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats ``[..., B]`` of z ``[..., B, *positions, out_features]``."""
-        return self.likelihood.log_prob(self.decode(z).float(), x)
+        return self.likelihood.log_prob(at_least_float32(self.decode(z)), x)
 
-    def terms(self, x: Tensor) -> Terms:
-        """One batch ``[B, *data_shape]`` through the model."""
-        params = self.encode(x)
+    def terms(self, x: Tensor, params: Tensor | None = None) -> Terms:
+        """One batch ``[B, *data_shape]`` through the model; ``params`` stand for ``encode(x)`` if given."""
+        params = self.encode(x) if params is None else params
         sample = self.layer.sample(params, x.flatten(1) if params.dim() == 2 and self._wants_data else None)
+        objective, z = self.objective, sample.z
+        if objective.detaches_draws:
+            z = z.detach().requires_grad_(objective.stops_q and torch.is_grad_enabled())
         kl, log_prior, log_q = self._kl(sample.q), None, None
-        if kl is None or self.objective.needs_log_weights:
-            log_prior = _per_example(self.layer.family.log_prob(self.prior(x.device), sample.z))
-            log_q = _per_example(sample.log_prob)
-        return Terms(sample, self.log_likelihood(sample.z, x), log_prior, log_q, kl)
+        if kl is None or objective.needs_log_weights:
+            q = self.layer.distribution(params.detach()) if objective.stops_q else sample.q
+            cut = objective.detaches_draws or objective.stops_q
+            log_q = _per_example(self.layer.family.log_prob(q, z) if cut else sample.log_prob)
+            log_prior = _per_example(self.layer.family.log_prob(self.prior(x.device), z))
+        return Terms(sample, self.log_likelihood(z, x), log_prior, log_q, kl, z if objective.detaches_draws else None)
+
+    def loss(self, terms: Terms) -> Tensor:
+        return self.objective.loss(terms, self.global_step)
+
+    def bound(self, terms: Terms) -> dict[str, Tensor]:
+        weights = terms.sample.weights
+        weights = weights.reshape(*weights.shape, *[1] * (2 - weights.dim()))
+        reconstruction = (weights * terms.log_likelihood).sum(0).mean()
+        if terms.kl is not None:
+            kl = terms.kl.sum(-1).mean()
+        else:
+            assert terms.log_q is not None and terms.log_prior is not None
+            kl = (weights * (terms.log_q - terms.log_prior)).sum(0).mean()
+        return {"elbo": reconstruction - kl, "kl": kl, "reconstruction": reconstruction}
+
+    def log_weights(self, x: Tensor, params: Tensor, num_samples: int) -> Tensor:
+        q = self.layer.distribution(params)
+        z = self.layer.family.sample(q, num_samples)
+        log_ratio = self.layer.family.log_prob(self.prior(x.device), z) - self.layer.family.log_prob(q, z)
+        return self.log_likelihood(z, x) + _per_example(log_ratio)
 
     @property
     def _wants_data(self) -> bool:
@@ -203,15 +210,6 @@ class VAE(LightningModule):
             return None
         return kl_per_latent(q, self.prior(self.device)).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct data: see :meth:`reconstruct`."""
-        return self.reconstruct(x)
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of p(x | z) at the mode of q(z | x): ``[B, *data_shape]``."""
-        return self.likelihood.mean(self.decode(self.layer.mode(self.encode(x))))
-
     @torch.no_grad()
     def generate(self, num_samples: int) -> Tensor:
         """Means of p(x | z) at draws z of the prior: ``[num_samples, *data_shape]``."""
@@ -223,157 +221,17 @@ class VAE(LightningModule):
             z = self.layer.family.sample(prior, num_samples)
         return self.likelihood.mean(self.decode(z))
 
-    @torch.no_grad()
-    def importance_weighted_bound(self, x: Tensor, num_samples: int) -> Tensor:
-        """log 1/K sum_k p(x, z_k) / q(z_k | x) ``[B]`` in nats with exact draws, in chunks of bounded memory.
-
-        Args:
-            x: Data ``[B, *data_shape]``.
-            num_samples: Number K of draws; the bound rises to log p(x) with it.
-        """
-        q = self.layer.distribution(self.encode(x))
-        total = x.new_full((x.shape[0],), -math.inf)
-        chunk = max(1, MAX_POINTS // max(1, x.shape[0]))
-        for start in range(0, num_samples, chunk):
-            z = self.layer.family.sample(q, min(chunk, num_samples - start))
-            log_ratio = self.layer.family.log_prob(self.prior(x.device), z) - self.layer.family.log_prob(q, z)
-            log_weights = self.log_likelihood(z, x) + _per_example(log_ratio)
-            total = torch.logaddexp(total, log_weights.logsumexp(0))
-        return total - math.log(num_samples)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x = data_of(batch)
-        if self.global_step == 0 and batch_idx == 0:
-            self._first_batch(x)
-        due = self._logging_is_due
-        if due:
-            self._log_gradient(x)
-        terms = self.terms(x)
-        if due:
-            self._log_bound("train", terms, len(x))
-        return self.objective.loss(terms, self.global_step).mean()
-
-    @property
-    def _logging_is_due(self) -> bool:
-        # logging costs more than a small step, so it is done only where the Trainer writes it out
-        return self._trainer is not None and (self.global_step + 1) % log_interval(self._trainer) == 0
-
-    def _log_bound(self, stage: str, terms: Terms, batch_size: int) -> Tensor:
-        """Log the terms of the bound with beta = 1."""
-        with torch.no_grad():
-            weights = terms.sample.weights
-            log_likelihood = terms.log_likelihood
-            reconstruction = (
-                (weights.reshape(*weights.shape, *[1] * (2 - weights.dim())) * log_likelihood).sum(0).mean()
-            )
-            if terms.kl is not None:
-                kl = terms.kl.sum(-1).mean()
-            else:
-                assert terms.log_q is not None and terms.log_prior is not None
-                kl = (terms.log_q - terms.log_prior).mean()
-            values = {"elbo": reconstruction - kl, "kl": kl, "reconstruction": reconstruction}
-        self._log_all(stage, values, batch_size)
-        return values["elbo"]
-
-    def _log_all(self, stage: str, values: Mapping[str, Tensor | float], batch_size: int) -> None:
-        train = stage == "train"
-        for name, value in values.items():
-            self.log(
-                f"{stage}/{name}",
-                value,
-                on_step=train,
-                on_epoch=not train,
-                prog_bar=name == "elbo",
-                batch_size=batch_size,
-                sync_dist=True,
-            )
-
-    def _log_gradient(self, x: Tensor) -> None:
-        statistics = self.gradient_statistics(x[:PROBE_EXAMPLES], num_draws=PROBE_DRAWS)
-        values = {"grad_variance": statistics.total_variance, "grad_snr": statistics.snr}
-        self._log_all("train", values, len(x))
-
     def gradient_statistics(self, x: Tensor, num_draws: int = 64) -> GradientStatistics:
-        """Moments of the estimator of d E_q[-log p(x | z)] / d params at fixed data; disturbs neither noise nor state.
+        """Moments of the gradient of the objective at the layer's params and fixed data; see :meth:`probe`.
 
         Args:
             x: Data ``[B, *data_shape]``.
             num_draws: Number of redraws of the noise.
         """
-        with preserved(self.encoder, self.decoder, self.layer):
-            with torch.no_grad():
-                params = self.encode(x)
-            context = x.flatten(1) if self._wants_data else None
-
-            def cost(z: Tensor) -> Tensor:
-                return -self.log_likelihood(z, x)
-
-            return gradient_statistics(self.layer, params, cost, num_draws=num_draws, context=context)
-
-    def _first_batch(self, x: Tensor) -> None:
-        if self.likelihood.binary and not bool(((x == 0) | (x == 1)).all()):
-            rank_zero_warn(
-                "the Bernoulli likelihood got data other than 0 and 1: its ELBO is then no bound of a log-likelihood. "
-                "Binarize the data, or use likelihood='categorical', 'gaussian' or 'discretized_logistic'."
-            )
-
-    def on_fit_start(self) -> None:
-        rank_zero_info(f"VAE: layer {self.layer.name!r}, objective {self.objective}, KL {self.kl_method}.")
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", data_of(batch))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", data_of(batch))
-
-    def _evaluate(self, stage: str, x: Tensor) -> None:
-        self._log_bound(stage, self.terms(x), len(x))
-        if self.iwae_samples.get(stage):
-            bound = self.importance_weighted_bound(x, self.iwae_samples[stage]).mean()
-            self._log_all(stage, {"iwae": bound}, len(x))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Latent codes: the mode of q, ``[B, *positions, out_features]``."""
-        return self.layer.mode(self.encode(data_of(batch)))
-
-    def configure_optimizers(self) -> Optimizer:
-        own = {id(p) for p in self.layer.parameters()}
-        groups = [
-            {"params": [p for p in self.parameters() if id(p) not in own], "lr": self.lr},
-            {"params": list(self.layer.parameters()), "lr": self.baseline_lr},
-        ]
-        return self.make_optimizer([group for group in groups if group["params"]])
-
-    def configure_callbacks(self) -> list[Callback]:
-        if any(isinstance(c, ReproducibleNoise) for c in cast(Any, self.trainer).callbacks):
-            return []
-        return [ReproducibleNoise()]
-
-
-def log_interval(trainer: Trainer) -> int:
-    """``log_every_n_steps`` of a Trainer, in optimizer steps."""
-    return max(1, int(cast(Any, trainer).log_every_n_steps))
-
-
-def _fused_adam(groups: Iterable[Any]) -> Optimizer:
-    return torch.optim.Adam(groups, fused=True)
-
-
-def data_of(batch: Any) -> Tensor:
-    """The data x of a batch ``(x, ...)`` or x."""
-    x: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return x
+        (statistics,) = self.probe(x, num_draws)
+        return statistics
 
 
 def _per_example(log_prob: Tensor) -> Tensor:
     """``[S, B, *positions]`` -> ``[S, B]``."""
     return log_prob.flatten(2).sum(-1) if log_prob.dim() > 2 else log_prob
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as plain data, which a checkpoint can hold; objects leave a mark."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, (str, bool, int, float)) else _OBJECT

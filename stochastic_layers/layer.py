@@ -134,6 +134,9 @@ class StochasticLayer(nn.Module, ABC):
     needs: ClassVar[tuple[str, ...]]
     evaluations: ClassVar[int | str] = "num_samples"
     exact_draws: ClassVar[bool] = True
+    # Whether, in training, the S points are independent draws of q of equal weight: objectives with a gradient of their
+    # own rely on it. Layers that couple, enumerate, weight or relax their points leave it False.
+    independent_draws: ClassVar[bool] = False
     reference: ClassVar[str] = ""
     default_latent_dim: ClassVar[int] = 32  # taken by a model that is given no size
 

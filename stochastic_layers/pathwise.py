@@ -73,6 +73,7 @@ class Pathwise(StochasticLayer):
     )
     unbiased = True
     needs = ("cost_gradient",)
+    independent_draws = True
     reference = (
         "Implicit Reparameterization Gradients (Figurnov, Mohamed and Mnih, 2018). https://arxiv.org/abs/1805.08498"
     )

@@ -53,6 +53,7 @@ class Reinforce(StochasticLayer):
     families = ("bernoulli", "categorical", "gaussian")
     unbiased = True
     needs = ("cost",)
+    independent_draws = True
     reference = (
         "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning (Williams, 1992). "
         "https://doi.org/10.1007/BF00992696"

@@ -53,6 +53,7 @@ class StraightThrough(StochasticLayer):
     families = ("bernoulli", "categorical")
     unbiased = "when the cost is linear in z"
     needs = ("cost_gradient",)
+    independent_draws = True
     reference = (
         "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation (Bengio, Leonard "
         "and Courville, 2013). https://arxiv.org/abs/1308.3432"

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.vae import VAE, data_of, log_interval
+from lightning_modules.base import LatentVariableModel, data_of, log_interval
 
 __all__ = ["Pictures", "run_folder"]
 
@@ -50,7 +50,7 @@ class Pictures(Callback):
             self._record(trainer, ("val/elbo",))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not isinstance(pl_module, VAE):
+        if not trainer.is_global_zero or not isinstance(pl_module, LatentVariableModel):
             return
         folder = Path(self.folder) if self.folder else run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.vae import VAE, log_interval
+from lightning_modules.base import LatentVariableModel, log_interval
 
 __all__ = ["Report"]
 
@@ -52,13 +52,13 @@ class Report(Callback):
 
     def table(self, trainer: Trainer, pl_module: LightningModule) -> Table:
         """The table, from what was seen of training and the Trainer's metrics of testing."""
-        title = f"layer {pl_module.layer.name!r}" if isinstance(pl_module, VAE) else type(pl_module).__name__
+        title = pl_module.title if isinstance(pl_module, LatentVariableModel) else type(pl_module).__name__
         table = Table(title=title, show_header=False)
         means = {key: total / count for key, (total, count) in self._sums.items()}
         for key, label, fmt in ROWS:
             value = trainer.callback_metrics.get(key, means.get(key))
             if value is not None:
-                if key == "test/iwae" and isinstance(pl_module, VAE):
+                if key == "test/iwae" and isinstance(pl_module, LatentVariableModel):
                     label += f", {pl_module.iwae_samples['test']} draws"
                 table.add_row(label, fmt.format(float(value)))
         if self._steps:

@@ -1,0 +1,326 @@
+"""What latent-variable models share: the training loop, the log, evaluation, checkpoints and the gradient probe."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_modules.build import build_likelihood, build_objective
+from lightning_modules.likelihoods import Likelihood
+from lightning_modules.noise import ReproducibleNoise
+from lightning_modules.objectives import Objective
+from stochastic_layers import StochasticLayer
+from stochastic_layers.diagnostics import GradientStatistics, preserved
+
+__all__ = ["LatentVariableModel", "at_least_float32", "data_of", "fused_adam", "log_interval", "plain_options"]
+
+_OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
+PROBE_EXAMPLES = 16
+PROBE_DRAWS = 8
+PROBE_CHUNK = 64  # largest number of redraws in one pass
+MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weighted bound
+
+_Terms = TypeVar("_Terms")
+
+
+class LatentVariableModel(LightningModule, Generic[_Terms]):
+    """Base of models p(x, z), q(z | x) that one optimizer trains on one scalar loss; :class:`VAE` says what is logged.
+
+    Args:
+        options: The arguments of the subclass, by name, for the checkpoint.
+        data_shape: Shape of one example.
+        likelihood: See :class:`VAE`.
+        objective: See :class:`VAE`.
+        lr: See :class:`VAE`.
+        baseline_lr: See :class:`VAE`.
+        optimizer: See :class:`VAE`.
+        iwae_samples: See :class:`VAE`.
+    """
+
+    latent_shape: tuple[int, ...] = ()
+    kl_method: str
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        *,
+        data_shape: Sequence[int],
+        likelihood: str | Mapping[str, Any] | Likelihood,
+        objective: str | Mapping[str, Any] | Objective,
+        lr: float,
+        baseline_lr: float | None,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None,
+        iwae_samples: Mapping[str, int] | None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(plain_options(type(self).__name__, options))
+        self.data_shape = tuple(data_shape)
+        self.likelihood = build_likelihood(likelihood)
+        self.objective = build_objective(objective)
+        self.lr = lr
+        self.baseline_lr = lr if baseline_lr is None else baseline_lr
+        self.make_optimizer = optimizer or fused_adam
+        self.iwae_samples = dict(iwae_samples or {})
+        if unknown := set(self.iwae_samples) - {"val", "test"}:
+            raise ValueError(f"needed the stages 'val' and 'test' in iwae_samples, got {sorted(unknown)}.")
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the decoder's output for one example."""
+        channels, *rest = self.data_shape
+        return (channels * self.likelihood.outputs_per_value, *rest)
+
+    @property
+    @abstractmethod
+    def stochastic_layers(self) -> list[StochasticLayer]:
+        """The layers, from the data upwards."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Data ``[B, *data_shape]`` -> params of the first layer."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """z of the first layer ``[..., *positions, out_features]`` -> decoder outputs."""
+
+    @abstractmethod
+    def terms(self, x: Tensor, params: Tensor | None = None) -> _Terms:
+        """One batch ``[B, *data_shape]`` through the model; ``params`` stand for those of :meth:`encode` if given."""
+
+    @abstractmethod
+    def loss(self, terms: _Terms) -> Tensor:
+        """The training loss ``[B]``."""
+
+    @abstractmethod
+    def bound(self, terms: _Terms) -> dict[str, Tensor]:
+        """``elbo``, ``kl`` and ``reconstruction``, averaged over the batch, with beta = 1."""
+
+    @abstractmethod
+    def log_weights(self, x: Tensor, params: Tensor, num_samples: int) -> Tensor:
+        """log p(x, z) - log q(z) ``[num_samples, B]`` at exact draws z of q."""
+
+    def probed(self, terms: _Terms, params: Tensor) -> list[tuple[Tensor, int]]:
+        """The params of every layer in ``terms`` with their batch dimension; ``params`` were those of the first."""
+        return [(params, 0)]
+
+    @abstractmethod
+    def generate(self, num_samples: int) -> Tensor:
+        """Means of p(x | z) at draws z of the prior: ``[num_samples, *data_shape]``."""
+
+    @property
+    def title(self) -> str:
+        """What is trained, for a report."""
+        return " over ".join(f"layer {layer.name!r}" for layer in reversed(self.stochastic_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct data: see :meth:`reconstruct`."""
+        return self.reconstruct(x)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Mean of p(x | z) at the mode of q(z | x): ``[B, *data_shape]``."""
+        return self.likelihood.mean(self.decode(self.stochastic_layers[0].mode(self.encode(x))))
+
+    @torch.no_grad()
+    def importance_weighted_bound(self, x: Tensor, num_samples: int) -> Tensor:
+        """log 1/K sum_k p(x, z_k) / q(z_k | x) ``[B]`` in nats with exact draws, in chunks of bounded memory.
+
+        Args:
+            x: Data ``[B, *data_shape]``.
+            num_samples: Number K of draws; the bound rises to log p(x) with it.
+        """
+        params = self.encode(x)
+        total = x.new_full((x.shape[0],), -math.inf)
+        chunk = max(1, MAX_POINTS // max(1, x.shape[0]))
+        for start in range(0, num_samples, chunk):
+            log_weights = self.log_weights(x, params, min(chunk, num_samples - start))
+            total = torch.logaddexp(total, log_weights.logsumexp(0))
+        return total - math.log(num_samples)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = data_of(batch)
+        if self.global_step == 0 and batch_idx == 0:
+            self._first_batch(x)
+        due = self._logging_is_due
+        if due:
+            self._log_all("train", self._gradient_values(x[:PROBE_EXAMPLES]), len(x))
+        terms = self.terms(x)
+        loss = self.loss(terms)
+        if due:
+            self._log_bound("train", terms, len(x))
+            if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
+                self._log_all("train", {self.objective.name: -loss.detach().mean()}, len(x))
+        return loss.mean()
+
+    @property
+    def _logging_is_due(self) -> bool:
+        # logging costs more than a small step, so it is done only where the Trainer writes it out
+        return self._trainer is not None and (self.global_step + 1) % log_interval(self._trainer) == 0
+
+    def _log_bound(self, stage: str, terms: _Terms, batch_size: int) -> None:
+        with torch.no_grad():
+            self._log_all(stage, self.bound(terms), batch_size)
+
+    def _log_all(self, stage: str, values: Mapping[str, Tensor | float], batch_size: int) -> None:
+        train = stage == "train"
+        for name, value in values.items():
+            self.log(
+                f"{stage}/{name}",
+                value,
+                on_step=train,
+                on_epoch=not train,
+                prog_bar=name == "elbo",
+                batch_size=batch_size,
+                sync_dist=True,
+            )
+
+    def _gradient_values(self, x: Tensor) -> dict[str, float]:
+        (statistics,) = self.probe(x, PROBE_DRAWS)
+        return {"grad_variance": statistics.total_variance, "grad_snr": statistics.snr}
+
+    def probe(self, x: Tensor, num_draws: int) -> list[GradientStatistics]:
+        """Moments of the gradient of the training loss at each layer's params; disturbs neither noise nor state.
+
+        All noise is redrawn at fixed data and fixed params of the first layer. The loss is that of the objective with
+        all its terms: those in closed form add no variance, but belong to the signal that the optimizer follows.
+
+        Args:
+            x: Data ``[B, *data_shape]``.
+            num_draws: Number of redraws of the noise, at least 2.
+
+        Raises:
+            ValueError: Too few redraws, or a model in evaluation mode, which has no estimator.
+        """
+        if num_draws < 2:
+            raise ValueError(f"needed num_draws >= 2 to measure a variance, got {num_draws}.")
+        if not all(layer.training for layer in self.stochastic_layers):
+            raise ValueError("needed a model in training mode, got eval(), which has no estimator; call model.train().")
+        chunks: list[list[Tensor]] = []
+        with preserved(self), torch.enable_grad():
+            params = self.encode(x).detach()
+            for start in range(0, num_draws, PROBE_CHUNK):
+                draws = min(PROBE_CHUNK, num_draws - start)
+                leaf = _repeat(params, draws).requires_grad_()
+                terms = self.terms(_repeat(x, draws), leaf)
+                tensors, dims = zip(*self.probed(terms, leaf), strict=True)
+                gradients = torch.autograd.grad(self.loss(terms).sum(), tensors)
+                chunks.append(
+                    [
+                        g.movedim(dim, 0).double().reshape(draws, len(x), *_without(g.shape, dim))
+                        for g, dim in zip(gradients, dims, strict=True)
+                    ]
+                )
+        every = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        return [GradientStatistics(g.mean(0), g.var(0), num_draws) for g in every]
+
+    def _first_batch(self, x: Tensor) -> None:
+        if self.likelihood.binary and not bool(((x == 0) | (x == 1)).all()):
+            rank_zero_warn(
+                "the Bernoulli likelihood got data other than 0 and 1: its ELBO is then no bound of a log-likelihood. "
+                "Binarize the data, or use likelihood='categorical', 'gaussian' or 'discretized_logistic'."
+            )
+
+    def on_fit_start(self) -> None:
+        rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("val", data_of(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test", data_of(batch))
+
+    def _evaluate(self, stage: str, x: Tensor) -> None:
+        self._log_bound(stage, self.terms(x), len(x))
+        if self.iwae_samples.get(stage):
+            bound = self.importance_weighted_bound(x, self.iwae_samples[stage]).mean()
+            self._log_all(stage, {"iwae": bound}, len(x))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Latent codes: the mode of q of the first layer, ``[B, *positions, out_features]``."""
+        return self.stochastic_layers[0].mode(self.encode(data_of(batch)))
+
+    def configure_optimizers(self) -> Optimizer:
+        own = [p for layer in self.stochastic_layers for p in layer.parameters()]
+        known = {id(p) for p in own}
+        groups = [
+            {"params": [p for p in self.parameters() if id(p) not in known], "lr": self.lr},
+            {"params": own, "lr": self.baseline_lr},
+        ]
+        return self.make_optimizer([group for group in groups if group["params"]])
+
+    def configure_callbacks(self) -> list[Callback]:
+        return own_noise(self.trainer)
+
+
+def own_noise(trainer: Trainer) -> list[Callback]:
+    """:class:`ReproducibleNoise`, unless the Trainer has one."""
+    return [] if any(isinstance(c, ReproducibleNoise) for c in cast(Any, trainer).callbacks) else [ReproducibleNoise()]
+
+
+def log_interval(trainer: Trainer) -> int:
+    """``log_every_n_steps`` of a Trainer, in optimizer steps."""
+    return max(1, int(cast(Any, trainer).log_every_n_steps))
+
+
+def fused_adam(groups: Iterable[Any]) -> Optimizer:
+    """Adam in its fused form, the default optimizer."""
+    return torch.optim.Adam(groups, fused=True)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor in which log-probabilities of data may be summed; double precision stays as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def data_of(batch: Any) -> Tensor:
+    """The data x of a batch ``(x, ...)`` or x."""
+    x: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return x
+
+
+def plain_options(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as plain data, which a checkpoint can hold; objects leave a mark.
+
+    Raises:
+        ValueError: An argument is such a mark: a checkpoint was loaded without the object.
+    """
+    for name, value in options.items():
+        if _is_marked(value):
+            raise ValueError(
+                f"needed {name}=..., got a checkpoint of a model whose {name} was or held an object, which checkpoints "
+                f"do not keep; pass the same object: {owner}.load_from_checkpoint(path, {name}=...)."
+            )
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _is_marked(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_is_marked(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_is_marked(v) for v in value)
+    return isinstance(value, str) and value == _OBJECT
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (str, bool, int, float)) else _OBJECT
+
+
+def _repeat(tensor: Tensor, times: int) -> Tensor:
+    """``[B, ...]`` -> ``[times * B, ...]``, a new tensor."""
+    return tensor.detach().expand(times, *tensor.shape).flatten(0, 1).clone()
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [n for i, n in enumerate(shape) if i != dim]

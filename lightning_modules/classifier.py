@@ -1,0 +1,207 @@
+"""A classifier with random parts: sampling layers inside the network, Bayesian weights, or both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from lightning_modules.base import fused_adam, log_interval, own_noise
+from stochastic_layers import capture, surrogate
+
+__all__ = ["StochasticClassifier"]
+
+
+class StochasticClassifier(LightningModule):
+    r"""Trains a network with random parts on cross-entropy: sampling layers by their own estimators, Bayesian weights.
+
+    .. math:: \text{loss} = E[-\log p(y \mid x, \text{noise})] + KL / N
+
+    The expectation is over the draws of every layer called in the network (:func:`~stochastic_layers.capture`) and over
+    random weights; the gradient is that of :func:`~stochastic_layers.surrogate`, so that discrete layers train too. KL
+    is the sum of ``kl_divergence()`` over the outermost modules that have one (Bayesian layers), and N the number of
+    training examples: the loss is then the negative ELBO per example.
+
+    In evaluation the network runs ``eval_draws`` times in ``eval()`` mode. Logged for ``val`` and ``test`` (nats per
+    example):
+
+    - ``<stage>/expected_log_likelihood``: :math:`E \log p(y \mid x, \text{noise})`, the mean over the draws;
+    - ``<stage>/predictive_log_likelihood``: :math:`\log E \, p(y \mid x, \text{noise})`, at least that;
+    - ``<stage>/loss``: KL / N minus the expected log-likelihood;
+    - ``<stage>/accuracy`` and ``<stage>/calibration_error`` (expected, 15 bins) of the averaged probabilities.
+
+    In training ``train/loss``, ``train/accuracy``, ``train/expected_log_likelihood`` and, with Bayesian layers,
+    ``train/kl`` (of the whole data set) are logged at every ``log_every_n_steps``.
+
+    Args:
+        network: Data ``[B, ...]`` -> logits ``[B, num_classes]``, or ``[S, B, num_classes]`` where its sampling layers
+            draw S points.
+        num_classes: Number of classes.
+        dataset_size: Number N of training examples, by which the KL is divided; needed with Bayesian layers only.
+        eval_draws: Number of passes that are averaged in evaluation.
+        lr: Learning rate.
+        optimizer: Function of parameters that returns an optimizer; by default fused Adam.
+
+    Raises:
+        ValueError: A number is out of range, or ``dataset_size`` is missing beside Bayesian layers.
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> from lightning_modules import StochasticClassifier
+        >>> layer = sl.create("reinforce", latent_dim=16, num_samples=4, baseline="leave_one_out")
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), layer, torch.nn.Linear(16, 10))
+        >>> model = StochasticClassifier(network, num_classes=10, eval_draws=8)
+        >>> model.predict_probs(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        *,
+        dataset_size: int | None = None,
+        eval_draws: int = 16,
+        lr: float = 1e-3,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"needed num_classes >= 2, got {num_classes}.")
+        if eval_draws < 1:
+            raise ValueError(f"needed eval_draws >= 1, got {eval_draws}.")
+        if dataset_size is not None and dataset_size < 1:
+            raise ValueError(f"needed dataset_size >= 1, got {dataset_size}; it is the number of training examples.")
+        self.save_hyperparameters(
+            {"num_classes": num_classes, "dataset_size": dataset_size, "eval_draws": eval_draws, "lr": lr}
+        )
+        self.network = network
+        if dataset_size is None and self.kl_divergence() is not None:
+            raise ValueError(
+                "needed dataset_size with Bayesian layers, got None; pass the number of training examples, because "
+                "their KL is counted once for the whole data set."
+            )
+        self.num_classes = num_classes
+        self.dataset_size = dataset_size
+        self.eval_draws = eval_draws
+        self.lr = lr
+        self.make_optimizer = optimizer or fused_adam
+        self.accuracies = nn.ModuleDict(
+            {f"{s}_stage": MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
+        )
+        self.calibrations = nn.ModuleDict(
+            {f"{s}_stage": MulticlassCalibrationError(num_classes, n_bins=15) for s in ("val", "test")}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The averaged probabilities: see :meth:`predict_probs`."""
+        return self.predict_probs(x)
+
+    def kl_divergence(self) -> Tensor | None:
+        """KL of all Bayesian layers in nats, ``None`` where there is none."""
+        terms = [module.kl_divergence() for module in _outermost(self.network)]
+        return torch.stack(terms).sum() if terms else None
+
+    def _kl_per_example(self) -> Tensor | float:
+        kl = self.kl_divergence()
+        return 0.0 if kl is None or self.dataset_size is None else kl / self.dataset_size
+
+    def log_prob(self, logits: Tensor, y: Tensor) -> Tensor:
+        """log p(y) ``[..., B]`` of logits ``[..., B, num_classes]`` and labels ``[B]``."""
+        if logits.shape[-2:] != (len(y), self.num_classes):
+            raise ValueError(
+                f"needed logits [..., {len(y)}, {self.num_classes}] of the network, got {list(logits.shape)}; its last "
+                "layer has num_classes outputs, one row per example."
+            )
+        log_probs = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
+        return log_probs.gather(-1, y.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        with capture() as samples:
+            logits = self.network(x)
+        cost = -self.log_prob(logits, y)
+        expected = surrogate(cost, samples) if samples else cost
+        loss = expected.mean() + self._kl_per_example()
+        if self._trainer is not None and (self.global_step + 1) % log_interval(self.trainer) == 0:
+            self._log_training(loss, expected, logits, y)
+        return loss
+
+    @torch.no_grad()
+    def _log_training(self, loss: Tensor, expected: Tensor, logits: Tensor, y: Tensor) -> None:
+        correct = (logits.argmax(-1) == y).float().mean()
+        values = {"loss": loss, "accuracy": correct, "expected_log_likelihood": -expected.mean()}
+        kl = self.kl_divergence()
+        if kl is not None:
+            values["kl"] = kl
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(y), sync_dist=True)
+
+    def draws(self, x: Tensor) -> Tensor:
+        """Logits of ``eval_draws`` passes, ``[draws, B, num_classes]``; a pass with S points gives S of them."""
+        passes = []
+        for _ in range(self.eval_draws):
+            logits = self.network(x)
+            passes.append(logits.reshape(-1, *logits.shape[-2:]))
+        return torch.cat(passes)
+
+    @torch.no_grad()
+    def predict_probs(self, x: Tensor) -> Tensor:
+        """Probabilities of the classes, averaged over the draws: ``[B, num_classes]``."""
+        return self.draws(x).softmax(-1).mean(0)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("val", *batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test", *batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Averaged probabilities ``[B, num_classes]``."""
+        return self.predict_probs(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def _evaluate(self, stage: str, x: Tensor, y: Tensor) -> None:
+        logits = self.draws(x)
+        log_prob = self.log_prob(logits, y)  # [draws, B]
+        expected = log_prob.mean()
+        values = {
+            "loss": self._kl_per_example() - expected,
+            "expected_log_likelihood": expected,
+            "predictive_log_likelihood": (log_prob.logsumexp(0) - math.log(len(log_prob))).mean(),
+        }
+        probs = logits.softmax(-1).mean(0)
+        for name, metrics in (("accuracy", self.accuracies), ("calibration_error", self.calibrations)):
+            metric = cast(Metric, metrics[f"{stage}_stage"])
+            metric.update(probs, y)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(y))
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", batch_size=len(y), sync_dist=True)
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer(self.network.parameters())
+
+    def configure_callbacks(self) -> list[Callback]:
+        return own_noise(self.trainer)
+
+
+def _outermost(module: nn.Module) -> Iterator[Any]:
+    """The modules with a ``kl_divergence()`` that are in no other such module, each once."""
+    seen: set[int] = set()
+    pending = [module]
+    while pending:
+        current = pending.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if callable(getattr(current, "kl_divergence", None)):
+            yield current
+        else:
+            pending.extend(current.children())

@@ -1,0 +1,423 @@
+"""Objectives against exact gradients by enumeration of all K-tuples and by quadrature; what they refuse and log."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from gradients_of_models import check_gradients, exact_gradients
+
+import stochastic_layers as sl
+from lightning_modules import ELBO, IWAE, RWS, TVO, VAE, Renyi, Terms
+from lightning_modules.cli import main
+from stochastic_layers.testing import enumerate_outcomes
+
+LINEAR = {"name": "mlp", "hidden_features": []}
+
+
+def discrete_model(objective, num_samples, layer="reinforce", **options):
+    torch.manual_seed(3)
+    options = {"latent_dim": 2, "num_samples": num_samples, **options}
+    model = VAE(layer, options, encoder=LINEAR, decoder=LINEAR, prior="learned", objective=objective, data_shape=(3,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return model.double(), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+
+
+def gaussian_model(objective, num_samples, layer="gaussian", prior="learned"):
+    torch.manual_seed(4)
+    options = {"latent_dim": 1, "num_samples": num_samples, **({"family": "gaussian"} if layer != "gaussian" else {})}
+    likelihood = {"name": "gaussian", "initial_scale": 1.0}
+    model = VAE(
+        layer, options, encoder=LINEAR, decoder=LINEAR, prior=prior, likelihood=likelihood, objective=objective,
+        data_shape=(2,),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+        if prior == "learned":
+            model.prior.params.copy_(torch.tensor([0.4, 0.2]))
+    return model.double(), torch.tensor([1.2, -0.7], dtype=torch.float64)
+
+
+def log_joint(model, x, z):
+    """log p(x, z) ``[N]`` of points z ``[N, out_features]`` and one example x."""
+    log_prior = model.layer.family.log_prob(model.prior(x.device), z)
+    return log_prior + model.log_likelihood(z.unsqueeze(1), x.unsqueeze(0)).squeeze(1)
+
+
+def tuples(model, x, k):
+    """Probability ``[T]``, log-weights, log q and log p ``[T, K]`` of every K-tuple of outcomes."""
+    z = enumerate_outcomes(model.layer)
+    log_q = model.layer.family.log_prob(model.layer.distribution(model.encode(x.unsqueeze(0))), z)
+    log_p = log_joint(model, x, z)
+    index = torch.tensor(list(itertools.product(range(len(z)), repeat=k)))
+    return log_q[index].sum(1).exp(), (log_p - log_q)[index], log_q[index], log_p[index]
+
+
+def bound(log_weights):
+    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
+
+
+def renyi(log_weights, alpha):
+    return bound((1 - alpha) * log_weights) / (1 - alpha)
+
+
+def enumerated(model, x, k, value=bound):
+    probability, log_weights, *_ = tuples(model, x, k)
+    return exact_gradients(model, -(probability * value(log_weights)).sum())
+
+
+def integrated(model, x, k, nodes, value=bound):
+    """The same for one Gaussian variable, by a product of Gauss-Hermite rules; tuples count up to their order."""
+    points, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
+    q = model.layer.distribution(model.encode(x.unsqueeze(0)))
+    z = q.mean + q.stddev * points.unsqueeze(-1)
+    log_weights = log_joint(model, x, z) - model.layer.family.log_prob(q, z)
+    index = torch.tensor(list(itertools.combinations_with_replacement(range(nodes), k)))
+    counts = torch.nn.functional.one_hot(index, nodes).sum(1).double()
+    orders = (math.lgamma(k + 1) - (counts + 1).lgamma().sum(1)).exp()
+    probability = (weights / math.sqrt(2 * math.pi))[index].prod(1) * orders
+    return exact_gradients(model, -(probability * value(log_weights[index])).sum())
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize(
+    "objective", [IWAE("vimco"), IWAE("vimco", "arithmetic"), IWAE("ovis")], ids=["geometric", "arithmetic", "ovis"]
+)
+def test_discrete_gradients_of_the_importance_weighted_bound_are_exact_in_the_mean(objective, k):
+    model, x = discrete_model(objective, k)
+    check_gradients(model, x, enumerated(model, x, k))
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        ("straight_through", {}),
+        ("reinforce", {"family": "categorical", "num_categories": 3, "latent_dim": 1, "baseline": "none"}),
+    ],
+)
+def test_the_rule_replaces_the_estimator_of_the_layer(layer, options):
+    model, x = discrete_model(IWAE("vimco"), 2, layer, **options)
+    check_gradients(model, x, enumerated(model, x, 2))
+
+
+CASES = [(g, 1) for g in ("pathwise", "stl", "dreg")]
+CASES += [(g, k) for k in (2, 5) for g in ("pathwise", "dreg", "vimco", "ovis")]
+
+
+@pytest.mark.parametrize(("gradient", "k"), CASES)
+def test_gaussian_gradients_of_the_importance_weighted_bound_are_exact_in_the_mean(gradient, k):
+    model, x = gaussian_model(IWAE(gradient), k)
+    check_gradients(model, x, integrated(model, x, k, {1: 60, 2: 40, 5: 20}[k]))
+
+
+def test_quadrature_is_exact_enough_to_be_a_reference():
+    model, x = gaussian_model(IWAE(), 5)
+    coarse, fine = integrated(model, x, 5, 17), integrated(model, x, 5, 20)
+    assert max(float((coarse[name] - fine[name]).norm() / fine[name].norm()) for name in fine) < 1e-3
+
+
+def test_score_function_rules_take_a_gaussian_of_a_layer_without_reparameterization():
+    model, x = gaussian_model(IWAE("ovis"), 2, layer="reinforce")
+    check_gradients(model, x, integrated(model, x, 2, 40), only=["q"])
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "vimco", "ovis"])
+def test_gradients_agree_at_fifty_draws(gradient):
+    """Doubly reparameterized draws are so quiet that their mean serves as the exact one: 0.1 % of its norm."""
+    model, x = gaussian_model(IWAE("dreg"), 50)
+    batch = x.expand(200, 2)
+    rows = []
+    for _ in range(100):
+        gradients = torch.autograd.grad(model.loss(model.terms(batch)).mean(), list(model.encoder.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    rows = torch.stack(rows)
+    exact = rows.mean(0)
+    assert float((rows.std(0) / 10).norm() / exact.norm()) < 2e-3
+    other, _ = gaussian_model(IWAE(gradient), 50)
+    visible = 0.5 if gradient == "pathwise" else 0.1  # its signal has drowned: that is what the others are for
+    check_gradients(other, x, {"q": exact}, replicates=200, visible_bias=visible, only=["q"])
+
+
+class OvisGammaOne(IWAE):
+    """The mistake to be seen: OVIS with gamma = 1, which adds the gradient of wake-phi."""
+
+    def loss(self, terms, step):
+        wake = (terms.log_weights.detach().softmax(0) * terms.log_q).sum(0)
+        return super().loss(terms, step) - (wake - wake.detach())
+
+
+@pytest.mark.parametrize("objective", [IWAE("stl"), OvisGammaOne("ovis")], ids=["stl", "ovis, gamma = 1"])
+def test_gradients_that_are_biased_above_one_draw_are_seen_to_be(objective):
+    model, x = gaussian_model(IWAE("pathwise"), 5)
+    model.objective = objective  # past the check, which refuses STL
+    with pytest.raises(AssertionError, match="standard errors off"):
+        check_gradients(model, x, integrated(model, x, 5, 20), only=["q"])
+
+
+def test_doubly_reparameterized_gradient_is_far_quieter_than_the_pathwise_one():
+    variance = {}
+    for gradient in ("pathwise", "dreg", "vimco", "ovis"):
+        model, x = gaussian_model(IWAE(gradient), 50)
+        variance[gradient] = model.gradient_statistics(x.unsqueeze(0), num_draws=2000).total_variance
+    assert variance["dreg"] < variance["pathwise"] / 100
+    assert variance["ovis"] < variance["vimco"] < variance["pathwise"]
+
+
+def test_sticking_the_landing_is_silent_where_q_is_the_posterior():
+    model, x = gaussian_model(IWAE("stl"), 1, prior="standard")
+    with torch.no_grad():
+        weight, scale = model.decoder[0].weight[:, 0], model.likelihood.log_scale.exp()
+        precision = 1 + weight.square().sum() / scale**2
+        model.encoder[1].weight.zero_()
+        model.encoder[1].bias[0] = (weight * (x - model.decoder[0].bias)).sum() / scale**2 / precision
+        model.encoder[1].bias[1] = -precision.log()
+    assert model.gradient_statistics(x.unsqueeze(0)).total_variance < 1e-24
+    model.objective = IWAE("pathwise")
+    assert model.gradient_statistics(x.unsqueeze(0)).total_variance > 0.01
+
+
+@pytest.mark.parametrize("alpha", [-0.5, 0.5, 1.0, 2.0])
+def test_gradients_of_the_renyi_bound_are_exact_in_the_mean(alpha):
+    def value(log_weights):
+        return log_weights.mean(-1) if alpha == 1 else renyi(log_weights, alpha)
+
+    model, x = discrete_model(Renyi(alpha, "vimco"), 2)
+    check_gradients(model, x, enumerated(model, x, 2, value))
+    model, x = gaussian_model(Renyi(alpha), 2)
+    check_gradients(model, x, integrated(model, x, 2, 60, value))
+
+
+def sampled(model, x, objective, seed=0):
+    """Loss and gradient of an objective on the draws of one seed."""
+    model.objective = objective
+    torch.manual_seed(seed)
+    loss = model.loss(model.terms(x.expand(5, *x.shape)))
+    gradient = torch.autograd.grad(loss.sum(), [*model.encoder.parameters(), *model.decoder.parameters()])
+    return loss.detach(), torch.cat([g.flatten() for g in gradient])
+
+
+def test_renyi_bounds_run_from_the_importance_weighted_bound_to_the_elbo_and_below():
+    model, x = gaussian_model("elbo", 4)
+    for a, b in zip(sampled(model, x, Renyi(0.0)), sampled(model, x, IWAE()), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(sampled(model, x, Renyi(1 - 1e-7)), sampled(model, x, Renyi(1.0)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    log_weights = model.terms(x.expand(5, 2)).log_weights.detach()
+    torch.testing.assert_close(-sampled(model, x, Renyi(1.0))[0], _fresh(model, x).mean(0))
+    values = [-sampled(model, x, Renyi(alpha))[0] for alpha in (-1.0, 0.0, 0.5, 1.0, 3.0)]
+    assert log_weights.shape == (4, 5)
+    assert all(bool((a > b).all()) for a, b in itertools.pairwise(values))
+
+
+def _fresh(model, x):
+    torch.manual_seed(0)
+    return model.terms(x.expand(5, *x.shape)).log_weights.detach()
+
+
+def test_wake_phi_gradient_is_that_of_the_self_normalised_weights():
+    model, x = discrete_model("rws", 3)
+    probability, log_weights, log_q, log_p = tuples(model, x, 3)
+    weights = log_weights.softmax(-1).detach()
+    follows = ((weights * log_q).sum(-1) + (weights * log_p).sum(-1)) * probability.detach()
+    check_gradients(model, x, exact_gradients(model, -follows.sum()))
+
+
+def test_model_under_wake_sleep_follows_the_importance_weighted_bound():
+    model, x = discrete_model("rws", 2)
+    check_gradients(model, x, enumerated(model, x, 2), only=["p"])
+
+
+def test_thermodynamic_objective_of_one_partition_is_the_elbo():
+    model, x = discrete_model(TVO(partitions=1), 2)
+    check_gradients(model, x, enumerated(model, x, 1))
+
+
+@pytest.mark.parametrize("k", [2, 16])
+def test_thermodynamic_objective_lies_between_elbo_and_log_evidence_and_rises_with_partitions(k):
+    model, x = discrete_model("elbo", k)
+    elbo, iwae = -sampled(model, x, TVO(1))[0], _fresh(model, x).logsumexp(0) - math.log(k)
+    coarse, fine = (-sampled(model, x, TVO(p, 0.01))[0] for p in (3, 300))
+    assert bool((elbo <= coarse + 1e-9).all() and (coarse <= fine + 1e-9).all() and (fine <= iwae + 1e-9).all())
+    assert bool((elbo < iwae - 0.01).any())  # draws that differ
+    torch.testing.assert_close(fine, iwae, rtol=0, atol=0.1)
+
+
+def test_thermodynamic_gradient_tends_to_the_exact_one():
+    """On a sample that holds every outcome in proportion to q, expectations are exact but for K / (K - 1)."""
+    model, x = discrete_model(TVO(3, 0.2), 2)
+    with torch.no_grad():  # q(z) = 1/4, 3/4 for each bit
+        model.encoder[1].weight.zero_()
+        model.encoder[1].bias.copy_(torch.tensor([3.0, 1 / 3], dtype=torch.float64).log())
+    family, params = model.layer.family, model.encode(x.unsqueeze(0))
+    outcomes = enumerate_outcomes(model.layer)
+    q = model.layer.distribution(params)
+    probability = family.log_prob(q, outcomes.unsqueeze(1)).exp().squeeze(1)
+    log_weights = log_joint(model, x, outcomes) - probability.log()
+    exact = 0.0
+    ends = model.objective.betas()
+    for beta, end in itertools.pairwise(ends):
+        pi = (probability.log() + beta * log_weights).softmax(0)
+        exact = exact + (end - beta) * (pi * log_weights).sum()
+    expected, exact = exact_gradients(model, -exact), exact.detach()
+
+    copies = (probability.detach() * 16 * 2000).round().long()
+    z = outcomes.repeat_interleave(copies, 0).unsqueeze(1)
+    params = model.encode(x.unsqueeze(0))
+    log_q = family.log_prob(model.layer.distribution(params), z)
+    log_prior = family.log_prob(model.prior(x.device), z)
+    sample = model.layer.sample(params)
+    loss = model.loss(Terms(sample, model.log_likelihood(z, x.unsqueeze(0)), log_prior, log_q, None, z)).sum()
+    torch.testing.assert_close(loss.detach(), -exact, rtol=1e-9, atol=1e-9)
+    got = exact_gradients(model, loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("gradient", ["dreg", "vimco", "ovis"])
+def test_every_gradient_reports_the_value_of_the_bound(gradient):
+    model, x = gaussian_model("elbo", 4)
+    torch.testing.assert_close(sampled(model, x, IWAE(gradient))[0], sampled(model, x, IWAE())[0])
+
+
+def test_gradient_of_the_decoder_is_the_same_on_the_same_draws():
+    model, x = gaussian_model("elbo", 4)
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    pathwise = sampled(model, x, IWAE())[1][encoder:]
+    for objective in (IWAE("dreg"), IWAE("vimco"), IWAE("ovis"), RWS()):
+        torch.testing.assert_close(sampled(model, x, objective)[1][encoder:], pathwise)
+
+
+def test_weights_of_enormous_spread_give_finite_gradients():
+    model, x = discrete_model("elbo", 3)
+    with torch.no_grad():
+        model.decoder[0].weight.mul_(1e4)
+    for objective in (IWAE("vimco"), IWAE("ovis"), IWAE("vimco", "arithmetic"), Renyi(0.5, "vimco"), RWS(), TVO()):
+        loss, gradient = sampled(model, x, objective)
+        assert bool(loss.isfinite().all() and gradient.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "objective", "advice"),
+    [
+        ("reinforce", {}, IWAE(), "gradient='vimco' or 'ovis'"),
+        ("straight_through", {"num_samples": 4}, IWAE("dreg"), "gradient='vimco' or 'ovis'"),
+        ("gumbel_softmax", {"num_categories": 3}, IWAE("vimco"), "layer='reinforce'"),
+        ("gumbel_softmax", {"num_categories": 3}, IWAE(), "layer='gaussian'"),
+        ("antithetic", {"num_samples": 2}, IWAE("dreg"), "'gaussian'"),
+        ("disarm", {"num_samples": 2}, IWAE("ovis"), "layer='reinforce'"),
+        ("reinforce", {}, IWAE("vimco"), "num_samples': 8"),
+        ("reinforce", {}, IWAE("ovis"), "num_samples': 8"),
+        ("gaussian", {"num_samples": 2}, IWAE("stl"), "gradient='dreg'"),
+        ("reinforce", {"num_samples": 2}, Renyi(), "gradient='vimco'"),
+        ("gumbel_softmax", {"num_categories": 3}, "rws", "layer='reinforce'"),
+        ("reinforce", {}, "tvo", "num_samples': 8"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_advice(layer, options, objective, advice):
+    with pytest.raises(ValueError) as error:
+        VAE(layer, {"latent_dim": 2, **options}, objective=objective)
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: IWAE("nonsense"),
+        lambda: IWAE("vimco", "nonsense"),
+        lambda: Renyi(math.inf),
+        lambda: Renyi(0.5, "dreg"),
+        lambda: TVO(0),
+        lambda: TVO(3, 1.0),
+        lambda: ELBO(beta=-1),
+    ],
+)
+def test_bad_options_are_refused_at_construction(build):
+    with pytest.raises(ValueError, match="needed"):
+        build()
+
+
+INDEPENDENT = [name for name in sl.list_layers() if sl.registry.layer_class(name).independent_draws]
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_layers_that_say_so_draw_independently_and_with_equal_weights(name):
+    options = {"latent_dim": 2, "num_samples": 3}
+    if sl.families.takes_categories(sl.describe(name).families[0]):
+        options["num_categories"] = 3
+    layer = sl.create(name, **options).double()
+    assert layer.exact_draws
+    params = torch.linspace(-1, 1, layer.in_features, dtype=torch.float64).expand(20_000, -1)
+    sample = layer.sample(params)
+    z = sample.z.detach()
+    assert sample.equally_weighted and z.shape[0] == 3
+    exact = layer.family.sample(layer.distribution(params), 3)
+    error = (z.var(1) + exact.var(1)).div(20_000).sqrt()
+    assert bool(((z.mean(1) - exact.mean(1)).abs() < 5 * error).all())
+    z = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True)
+    for a, b in itertools.combinations(z, 2):  # a correlation of 0.06 would be seen: 8 standard errors of 1 / sqrt(n)
+        assert float((a * b).mean(0).abs().max()) < 5 / math.sqrt(20_000)
+
+
+def test_probe_measures_the_gradient_of_the_objective_and_disturbs_nothing():
+    model, x = discrete_model(IWAE("vimco"), 2)
+    params = model.encode(x.unsqueeze(0)).detach().requires_grad_()
+    z = enumerate_outcomes(model.layer)
+    log_q = model.layer.family.log_prob(model.layer.distribution(params), z)
+    log_weights = log_joint(model, x, z).detach() - log_q
+    index = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    value = -(log_q[index].sum(1).exp() * bound(log_weights[index])).sum()
+    (exact,) = torch.autograd.grad(value, params)
+    before, buffers = torch.get_rng_state(), [b.clone() for b in model.buffers()]
+    statistics = model.gradient_statistics(x.unsqueeze(0), num_draws=40_000)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    error = (statistics.variance / 40_000).sqrt()
+    assert 8 * float(error.norm()) < 0.3 * float(exact.norm())
+    assert float(((statistics.mean - exact) / error).abs().max()) < 5
+
+
+def test_probe_includes_the_terms_in_closed_form():
+    model, x = discrete_model("elbo", 2)
+    batch = x.expand(3, 3)
+    model.layer.baseline = None
+    plain = model.gradient_statistics(batch, num_draws=16)
+    model.objective = ELBO(beta=0.0)
+    without = model.gradient_statistics(batch, num_draws=16)
+    torch.testing.assert_close(plain.variance, without.variance)  # the same noise, restored by the probe
+    params = model.encode(batch).detach().requires_grad_()
+    (kl,) = torch.autograd.grad(model._kl(model.layer.distribution(params)).sum(), params)
+    torch.testing.assert_close(plain.mean - without.mean, kl)
+
+
+def test_probe_needs_training_mode_and_two_redraws():
+    model, x = discrete_model("elbo", 2)
+    with pytest.raises(ValueError, match="num_draws >= 2"):
+        model.gradient_statistics(x.unsqueeze(0), num_draws=1)
+    with pytest.raises(ValueError, match="training mode"):
+        model.eval().gradient_statistics(x.unsqueeze(0))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.objective", '{"name": "iwae", "gradient": "dreg"}'],
+        ["--model.objective.name", "iwae", "--model.objective.gradient", "dreg"],
+    ],
+    ids=["mapping", "words"],
+)
+def test_command_line_sets_the_gradient_of_the_bound(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet = {"fast_dev_run": "true", "logger": "false", "enable_progress_bar": "false", "accelerator": "cpu"}
+    options = [word for key, value in quiet.items() for word in (f"--trainer.{key}", value)]
+    main(["fit", "--model.layer", "gaussian", "--model.layer_options.num_samples", "4", *words, *options])
+
+
+def test_command_line_answers_an_impossible_combination_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="gradient='vimco' or 'ovis'"):
+        main(["fit", "--model.layer", "reinforce", "--model.objective", "iwae", "--trainer.accelerator", "cpu"])
