@@ -8,7 +8,12 @@ from stochastic_layers.coupled_categorical import ARSM, CARMS
 from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
 from stochastic_layers.flows import Flow
-from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
+from stochastic_layers.gumbel_straight_through import (
+    GappedStraightThrough,
+    GumbelRao,
+    ReinMaxRao,
+    StraightThroughGumbel,
+)
 from stochastic_layers.hard_concrete import HardConcrete
 from stochastic_layers.invertible_gaussian import InvertibleGaussian
 from stochastic_layers.layer import Sample, StochasticLayer
@@ -68,6 +73,7 @@ __all__ = [
     "QuasiMonteCarlo",
     "Rebar",
     "ReinMax",
+    "ReinMaxRao",
     "Reinforce",
     "Relax",
     "ResidualVectorQuantizer",
