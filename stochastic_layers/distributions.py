@@ -22,12 +22,12 @@ from torch.distributions import (
 from torch.distributions import Kumaraswamy as TorchKumaraswamy
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["HypersphericalUniform", "Kumaraswamy", "Logistic", "PowerSpherical"]
+__all__ = ["HypersphericalUniform", "Kumaraswamy", "Logistic", "PowerSpherical", "open_unit_interval"]
 
 _EMPTY = torch.Size()
 
 
-def _open_unit_interval(tensor: Tensor) -> Tensor:
+def open_unit_interval(tensor: Tensor) -> Tensor:
     """Move 0 and 1 to the nearest numbers inside, so that logarithms stay finite."""
     info = torch.finfo(tensor.dtype)
     return tensor.clamp(info.tiny, 1 - info.eps / 2)
@@ -81,7 +81,7 @@ class Logistic(Distribution):
         return torch.sigmoid((value - self.loc) / self.scale)
 
     def icdf(self, value: Tensor) -> Tensor:
-        return self.loc + self.scale * _open_unit_interval(value).logit()
+        return self.loc + self.scale * open_unit_interval(value).logit()
 
     def entropy(self) -> Tensor:
         return self.scale.log() + 2
@@ -98,10 +98,10 @@ class Kumaraswamy(TorchKumaraswamy):
     def _of(self, minus_log_u: Tensor) -> Tensor:
         """The point above which the mass u lies: ``(1 - u^(1/b))^(1/a)``."""
         log_power = (-torch.expm1(-minus_log_u / self.concentration0)).clamp_min(torch.finfo(minus_log_u.dtype).tiny)
-        return _open_unit_interval((log_power.log() / self.concentration1).exp())
+        return open_unit_interval((log_power.log() / self.concentration1).exp())
 
     def icdf(self, value: Tensor) -> Tensor:
-        return self._of(-torch.log1p(-_open_unit_interval(value)))
+        return self._of(-torch.log1p(-open_unit_interval(value)))
 
     def cdf(self, value: Tensor) -> Tensor:
         return -torch.expm1(self.concentration0 * self._log_rest(value))

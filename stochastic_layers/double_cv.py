@@ -45,6 +45,7 @@ class OptimalCoefficients(RunningMean):
             gradient: g ``[*leading, features]``, detached.
             controls: h ``[count, *leading, features]``, detached.
         """
+        gradient, controls = gradient.to(self.total.dtype), controls.to(self.total.dtype)
         square = self.value[: -self.count].reshape(self.count, self.count)
         cross = self.total[-self.count :]
         size = square.diagonal().mean()

@@ -183,9 +183,10 @@ class ReinMaxRao(GumbelRao):
     .. math:: \nabla_l \approx \Big( \frac2R \sum_r J\big(\tfrac12 (p + s_r)\big) - \tfrac12 J(p) \Big)^\top f'(z),
         \qquad s_r = \mathrm{softmax}(\theta_r / \tau), \quad \theta_r \sim (l + G \mid \arg\max (l + G) = z)
 
-    Approximates the gradient of E_q[f] between ``straight_through`` and ``reinmax``: for temperature 0 it is ReinMax,
-    higher temperatures trade its exactness on quadratic costs for less variance. Biased. One evaluation of the cost.
-    The paper's abstract and descriptions of it name the construction; the formula above is this library's reading.
+    Approximates the gradient of E_q[f]; at temperature 0 it is ReinMax. Biased, above that temperature also on
+    quadratic costs. One evaluation of the cost. The formula is this library's reading of the construction that the paper's
+    abstract names, and was not compared with the authors' results; on our small problems plain ``reinmax`` has less
+    bias at no more variance (``docs/layers/straight_through.md``).
 
     Args:
         latent_dim: Number of latent variables.

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, constraints
 
 from stochastic_layers import continuous_families as _continuous_families  # noqa: F401 registers the families
+from stochastic_layers.distributions import open_unit_interval
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
 
@@ -244,10 +245,11 @@ class QuasiMonteCarlo(StochasticLayer):
         # float64, as quantiles far in the tail need more digits of u than float32 has near 1
         u = (digits + torch.rand(digits.shape, dtype=torch.float64, device=params.device)) / 2**SOBOL_BITS
         u = u.clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float64).eps)
-        return self._sample(q, _quantile(q, u).to(params.dtype))
+        return self._sample(q, _quantile(q, u, params.dtype))
 
 
-def _quantile(q: Distribution, u: Tensor) -> Tensor:
+def _quantile(q: Distribution, u: Tensor, dtype: torch.dtype) -> Tensor:
     assert isinstance(q, Independent)
-    result: Tensor = q.base_dist.icdf(u)
-    return result
+    z: Tensor = q.base_dist.icdf(u).to(dtype)
+    # rounding may reach the ends of an interval, where the density is infinite
+    return open_unit_interval(z) if q.base_dist.support is constraints.unit_interval else z

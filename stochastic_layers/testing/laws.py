@@ -78,14 +78,23 @@ def largest_z(draws: Tensor, mean: Tensor) -> float:
 
 
 def moments(q: Distribution, z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean and squared deviation of each draw of continuous z ``[S, R, out]``, beside their expectations."""
+    """Location and spread of each draw of continuous z ``[S, R, out]``, less what q itself gives: zero in the mean.
+
+    The location is compared with the mean of q, the spread with that of as many draws of q, through a bounded function,
+    as squares of a heavy-tailed law have no variance.
+    """
     try:
-        mean, variance = q.mean.reshape(z.shape[1:]), q.variance.reshape(z.shape[1:])
+        mean, deviation = q.mean.reshape(z.shape[1:]), q.stddev.reshape(z.shape[1:])
     except (NotImplementedError, RuntimeError):
         raise NotApplicable(f"{type(q).__name__} has neither finitely many outcomes nor a known variance") from None
     weights = weights.view(*weights.shape, *[1] * (z.dim() - weights.dim()))
+
+    def spread(points: Tensor) -> Tensor:
+        distance = (points - mean).abs()
+        return distance / (distance + deviation + torch.finfo(z.dtype).tiny)
+
     first = (weights * (z - mean)).sum(0)
-    second = (weights * ((z - mean).square() - variance)).sum(0)
+    second = (weights * spread(z)).sum(0) - spread(q.sample().reshape(z.shape[1:]))
     return torch.cat([first, second], -1), torch.zeros(2 * z.shape[-1], dtype=z.dtype)
 
 
