@@ -184,9 +184,9 @@ class ReinMaxRao(GumbelRao):
         \qquad s_r = \mathrm{softmax}(\theta_r / \tau), \quad \theta_r \sim (l + G \mid \arg\max (l + G) = z)
 
     Approximates the gradient of E_q[f]; at temperature 0 it is ReinMax. Biased, above that temperature also on
-    quadratic costs. One evaluation of the cost. The formula is this library's reading of the construction that the paper's
-    abstract names, and was not compared with the authors' results; on our small problems plain ``reinmax`` has less
-    bias at no more variance (``docs/layers/straight_through.md``).
+    quadratic costs. One evaluation of the cost. The formula is this library's reading of the construction that the
+    paper's abstract names, and was not compared with the authors' results; on our small problems plain ``reinmax`` has
+    less bias at no more variance (``docs/layers/straight_through.md``).
 
     Args:
         latent_dim: Number of latent variables.
