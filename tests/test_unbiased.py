@@ -32,3 +32,22 @@ def build(name, options, seed=1):
 def test_gradient_of_the_encoder_is_exact_in_the_mean(name, options, kind):
     layer, params = build(name, options)
     check_mean(layer, params, PolynomialCost(kind, layer.out_features))
+
+
+@pytest.mark.parametrize("of", ["decoder", "value"])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_gradient_of_the_decoder_and_the_reported_value_are_exact_in_the_mean(name, options, of):
+    layer, params = build(name, options)
+    check_mean(layer, params, PolynomialCost("asymmetric", layer.out_features), of=of)
+
+
+@pytest.mark.parametrize("family", ["bernoulli", "categorical", "gaussian"])
+def test_constant_cost_gives_leave_one_out_no_gradient(family):
+    options = {"num_categories": 3} if family == "categorical" else {}
+    layer, params = build(
+        "reinforce", {"latent_dim": 2, "family": family, "num_samples": 3, **options, "baseline": "leave_one_out"}
+    )
+    params.requires_grad_()
+    sample = layer.sample(params)
+    sample.surrogate(torch.full(sample.z.shape[:-1], 3.0, dtype=torch.float64)).sum().backward()
+    assert not params.grad.any()
