@@ -39,7 +39,7 @@ test: $(TEST_STAMP) ## run the quick tests and the doctests
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(TEST_STAMP) ## run the slow tests and those on several processes
-	$(BIN)/python -m pytest -m "(slow or ddp) and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "(slow or ddp) and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## check style and format
 	$(BIN)/ruff check .
