@@ -177,6 +177,7 @@ class Flow(StochasticLayer):
         ('cost_gradient',)
     """
 
+    fullgraph = False  # zuko breaks the graph; plain torch.compile works
     families = ("flow",)
     unbiased = True
     needs = ("cost_gradient",)

@@ -138,6 +138,7 @@ class StochasticLayer(nn.Module, ABC):
     # own rely on it. Layers that couple, enumerate, weight or relax their points leave it False.
     independent_draws: ClassVar[bool] = False
     reference: ClassVar[str] = ""
+    fullgraph: ClassVar[bool] = True  # whether a step compiles with torch.compile(fullgraph=True)
     default_latent_dim: ClassVar[int] = 32  # taken by a model that is given no size
 
     def __init__(

@@ -176,6 +176,8 @@ def compiled_step(subject: Subject) -> str:
     """Sample, cost and surrogate compile into one graph, whose gradients are finite."""
     if subject.cls.__module__ not in sys.modules:
         raise NotApplicable("the layer's class was defined outside any module, where the compiler cannot follow")
+    if not subject.cls.fullgraph:
+        raise NotApplicable("the layer states that it does not compile into one graph")
     layer, params = subject.build(torch.float32), subject.params(6, dtype=torch.float32)
     cost = subject.cost().float()
     try:
