@@ -52,6 +52,7 @@ class QuantizedLayer(StochasticLayer):
         ValueError: ``commitment_weight`` is negative.
     """
 
+    default_latent_dim = 4
     families = ("quantized",)
     unbiased = False
     needs = ("cost_gradient",)
