@@ -86,7 +86,9 @@ def exact_value(layer: StochasticLayer, params: Tensor, cost_fn: Callable[[Tenso
     """
     family = layer.family
     batch = params.shape[:-1]
-    if family.name in ("bernoulli", "categorical") or isinstance(family, QuantizedFamily):
+    if isinstance(family, QuantizedFamily):  # all mass on one code, which does not move with params
+        return cost_fn(family.mode(layer.law(params)).detach()) + 0.0 * params.sum(-1)
+    if family.name in ("bernoulli", "categorical"):
         outcomes = enumerate_outcomes(layer).to(params.dtype)
         z = outcomes.view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)  # [N, *batch, out]
         return (family.log_prob(layer.law(params), z).exp() * cost_fn(z)).sum(0)
