@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -24,8 +26,8 @@ from lightning_modules.vae import VAE
 
 __all__ = ["CLI", "capability_markdown", "capability_table", "main"]
 
+DEFAULT_DATA = {"data": {"class_path": "lightning_modules.data.Digits"}}
 DEFAULTS = {
-    "data": {"class_path": "lightning_modules.data.Digits"},
     "model.likelihood": "auto",
     "model.iwae_samples": {"test": 100},
     "trainer.max_epochs": 200,
@@ -60,6 +62,11 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """LightningCLI for :class:`VAE` and the data modules; ``fit`` ends with a test of the best weights."""
 
+    def __init__(self, *args: Any, default_data: bool = True, **kwargs: Any) -> None:
+        # a default class leaves its options behind when another class is named, where that has options of the same name
+        self.defaults = (DEFAULT_DATA if default_data else {}) | DEFAULTS
+        super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Pictures, "pictures")
@@ -70,7 +77,7 @@ class CLI(LightningCLI):
             help="Stop after so many validations without a better val/elbo.",
         )
         parser.link_arguments("data.data_shape", "model.data_shape", apply_on="instantiate")
-        parser.set_defaults(DEFAULTS)
+        parser.set_defaults(self.defaults)
 
     def before_instantiate_classes(self) -> None:
         """Resolve ``--model.likelihood auto``: bernoulli for binarized data, else a law over the data's grey levels."""
@@ -156,6 +163,19 @@ def _describe(name: str) -> None:
     console.print(layer_class(name).__doc__ or "", markup=False, highlight=False)
 
 
+def _names_data(words: Sequence[str]) -> bool:
+    """Whether the command line, or a configuration file that it names, chooses the data module."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, _, value = word.partition("=")
+        if option == "--data":
+            return True
+        if option in ("--config", "-c"):
+            path = Path(value or following)
+            if path.is_file() and "data" in (yaml.safe_load(path.read_text()) or {}):
+                return True
+    return False
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``stochastic-layers``; ``args`` default to the command line."""
     words = sys.argv[1:] if args is None else args
@@ -180,6 +200,7 @@ def main(args: list[str] | None = None) -> None:
             CLI(
                 VAE,
                 ImageDataModule,
+                default_data=not _names_data(words),
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 save_config_callback=SaveConfig,

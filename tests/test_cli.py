@@ -125,6 +125,21 @@ def test_binarized_data_get_the_bernoulli_likelihood(run, tmp_path):
     assert [c["model"]["likelihood"] for c in configs] == ["bernoulli", "gaussian"]
 
 
+def test_another_data_module_starts_from_its_own_defaults(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("fit", "--data=MNIST", "--print_config")
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert (config["binarization"], config["val_size"]) == ("dynamic", 10000)
+    (tmp_path / "config.yaml").write_text("data: {class_path: MNIST}")
+    with pytest.raises(SystemExit):
+        run("fit", "--config=config.yaml", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["binarization"] == "dynamic"
+    with pytest.raises(SystemExit):
+        run("fit", "--data.batch_size=7", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["batch_size"] == 7
+
+
 def test_list_and_describe_print_capabilities(run, capsys):
     run("list")
     assert "gumbel_softmax" in capsys.readouterr().out
