@@ -52,6 +52,7 @@ class SparsemaxMarginalization(JointLayer):
         [[0.75, 1.0], [0.25, 0.0]]
     """
 
+    default_latent_dim = 1  # the support is all there is at the start of training: every outcome, in every step
     families = ("categorical",)
     unbiased = True
     needs = ("cost",)
