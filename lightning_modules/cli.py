@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -93,7 +93,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = trainer_callbacks(trainer)
         patience = self._get(self.config_init, "patience")
         if patience is not None:
             callbacks.append(EarlyStopping("val/elbo", mode="max", patience=patience))
@@ -102,18 +102,24 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best weights, once, on the data that neither training nor the choice of weights has seen."""
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if cast(Any, self.trainer).fast_dev_run:
             return
         best = self.trainer.checkpoint_callback
         path = getattr(best, "best_model_path", "") or None
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False, weights_only=True)
-        pictures = [file for c in self.trainer.callbacks if isinstance(c, Pictures) for file in c.files]  # type: ignore[attr-defined]
+        pictures = [file for c in trainer_callbacks(self.trainer) if isinstance(c, Pictures) for file in c.files]
         if self.trainer.is_global_zero:
             console = Console(soft_wrap=True)
             for file in pictures:
                 console.print(f"picture: {file}")
             if path:
                 console.print(f"best weights: {Path(path)}")
+
+
+def trainer_callbacks(trainer: Trainer) -> list[Any]:
+    """The callbacks of a Trainer, an attribute that Lightning does not declare."""
+    callbacks: list[Any] = cast(Any, trainer).callbacks
+    return callbacks
 
 
 COLUMNS = ("layer", "families", "unbiased", "needs of the cost", "evaluations", "exact draws")
