@@ -175,7 +175,7 @@ def plot(out: Path) -> None:
             label = f"{name} ({ESTIMATORS[name]['num_samples'] if name != 'rebar' else 3})" if not number else None
             left.plot(steps, [p["variance"] for p in points], color=colors[name], label=label)
             right.plot(steps, [p["elbo"] for p in points], color=colors[name], label=label)
-    for name, series in published.RODEO_VARIANCE.items():
+    for (name, _), series in published.RODEO_VARIANCE.items():
         left.plot(*zip(*series, strict=True), "o--", color=colors[name], markersize=4, linewidth=0.8)
     left.plot([], [], "ko--", markersize=4, linewidth=0.8, label="published (read off the figure)")
     left.set(xlabel="step", ylabel="gradient variance", yscale="log", title="running variance of the encoder gradient")
