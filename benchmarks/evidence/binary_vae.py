@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import stochastic_layers as sl
 from benchmarks.evidence import published
 from benchmarks.evidence.mnist import batches, pixels
-from benchmarks.evidence.record import Record, arguments, read, save_figure
+from benchmarks.evidence.record import Record, arguments, read, save_figure, save_state
 
 LATENTS, HIDDEN, BATCH, DECAY = 200, 200, 100, 0.999
 EVERY, EVALUATED = 1000, 5000  # steps between two points of a curve; examples that the ELBO is measured on
@@ -122,15 +122,31 @@ def measure(model: Model, images: Tensor, num_samples: int, chunk: int) -> float
 
 
 def run(name: str, seed: int, steps: int, images: tuple[Tensor, Tensor], record: Record, every: int = EVERY) -> None:
-    """Train one model and write its curve as it grows."""
+    """Train one model and write its curve as it grows; goes on from the state beside the record if there is one."""
     torch.manual_seed(seed)
     train, test = images
     model = Model(name)
-    own, encoder = list(model.layer.parameters()), list(model.encoder.parameters())
+    encoder = list(model.encoder.parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-7, fused=True)
     moments, curve, objective = Moments(encoder), [], torch.zeros(())
+    saved = record.path.with_suffix(".pt")
+    start = 0
+    if saved.is_file():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        moments.first, moments.second, moments.weight = state["first"], state["second"], state["weight"]
+        torch.set_rng_state(state["random"])
+        start, before = state["step"], read(record.path)
+        curve = before["curve"][: state["points"]]
+        record.content["resumed_at"] = [*before.get("resumed_at", []), start]
+        record.started, record.started_cpu = (
+            record.started - before["seconds"],
+            record.started_cpu - before["cpu_seconds"],
+        )
     points = {1, 100, 300} | set(range(every, steps + 1, every)) | {steps}
-    for step, x in zip(range(1, steps + 1), batches(train, BATCH, seed), strict=False):
+    # after an interruption the data come in an order of their own
+    for step, x in zip(range(start + 1, steps + 1), batches(train, BATCH, seed + 1000 * start), strict=False):
         optimizer.zero_grad()
         loss = model.loss(x).sum()
         loss.backward()
@@ -146,10 +162,13 @@ def run(name: str, seed: int, steps: int, images: tuple[Tensor, Tensor], record:
                 "elbo": measure(model, train[:EVALUATED], 1, 500),
                 "objective": -float(objective) / (step - last),
             }
-            point |= {key: float(p) for key, p in model.layer.named_parameters() if p.numel() == 1}
+            point |= {key: p.item() for key, p in model.layer.named_parameters() if p.numel() == 1}
             curve.append(point)
             objective.zero_()
-            record.write(curve=curve, own_parameters=len(own), complete=False)
+            record.write(curve=curve, complete=False)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "weight": moments.weight}
+            state |= {"first": moments.first, "second": moments.second, "random": torch.get_rng_state()}
+            save_state(state | {"step": step, "points": len(curve)}, saved)
     record.write(test_bound_100=measure(model, test[:1000], 100, 20), complete=True)
 
 

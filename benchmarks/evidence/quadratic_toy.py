@@ -114,6 +114,7 @@ def plot(out: Path) -> None:
     left.set(xlabel="step", ylabel="variance of a coordinate", ylim=(0, 1.5e-9), title="gradient variance")
     right.set(xlabel="step", ylabel="objective", ylim=(0.2499, 0.2511), title="E mean (b - 0.499)$^2$, maximised")
     left.legend(fontsize=8)
+    right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(figure, out / "quadratic_toy.png")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "Record", "arguments", "read", "save_figure"]
+__all__ = ["RESULTS", "Record", "arguments", "read", "save_figure", "save_state"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -80,6 +80,13 @@ def save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("part-" + path.name)
     figure.savefig(temporary, dpi=100, bbox_inches="tight")
+    os.replace(temporary, path)
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint without leaving half a file."""
+    temporary = path.with_name("part-" + path.name)
+    torch.save(state, temporary)
     os.replace(temporary, path)
 
 
