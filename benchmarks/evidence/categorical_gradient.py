@@ -1,0 +1,217 @@
+"""Bias, spread and direction of every categorical estimator against the exact gradient, at one trained model.
+
+Serves the decision which estimator to take for categorical latents.
+
+The setting is that of the small model of "Bridging Discrete and Backpropagation: Straight-Through and Beyond" (Liu,
+Dong, Liu, Yu, Gao, 2023): 4 variables of 8 categories, so that 4,096 outcomes can be summed, 784-512-256-32 and back
+with ReLU, grey MNIST pixels as targets of the cross-entropy, closed-form KL to the uniform prior, batch 100, Adam 5e-4.
+The model is trained with ReinMax for ``--steps`` steps. Then, for some test images, each layer's gradient of the
+reconstruction cost by the logits is drawn ``--draws`` times and compared with the exact one, g:
+
+* relative bias: \\|E h - g\\| / \\|g\\|, less the part that the finite number of draws adds to its square;
+* relative deviation: sqrt(trace Cov h) / \\|g\\|; times sqrt(evaluations) it is what a fixed budget of decoder calls
+  leaves;
+* cosine of E h with g, and mean cosine of a single h with g.
+
+Layers with parameters or running statistics of their own first see ``--warm-up`` batches at the fixed model. The exact
+gradient is that of the layer's own law, which is the softmax of the logits for all but ``sparsemax_marginalization``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import stochastic_layers as sl
+from benchmarks.evidence.mnist import batches, pixels
+from benchmarks.evidence.record import Record, arguments, read, save_figure
+from stochastic_layers.diagnostics import preserved
+from stochastic_layers.testing import enumerate_outcomes
+
+CATEGORIES, LATENTS = 8, 4
+MAX_POINTS = 65536  # evaluations of the cost for one layer and example: exact layers need few draws
+SHAPE: dict[str, Any] = {"latent_dim": LATENTS, "family": "categorical", "num_categories": CATEGORIES}
+
+
+def network(sizes: Sequence[int]) -> nn.Sequential:
+    """A perceptron with ReLU, torch's own initialisation."""
+    modules: list[nn.Module] = []
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        modules += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
+
+
+class Model(nn.Module):
+    """Encoder and decoder of the 8x4 model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = network([784, 512, 256, CATEGORIES * LATENTS])
+        self.decoder = network([CATEGORIES * LATENTS, 256, 512, 784])
+
+    def cost(self, z: Tensor, x: Tensor) -> Tensor:
+        """Cross-entropy in nats ``[..., B]`` of draws ``[..., B, 32]`` and grey pixels ``[B, 784]``."""
+        output = self.decoder(z)
+        return (F.softplus(output) - x * output).sum(-1)
+
+
+def train(model: Model, data: Iterator[Tensor], steps: int) -> float:
+    """Train by ReinMax; the mean negative ELBO of the last tenth of the steps."""
+    layer = sl.create("reinmax", **SHAPE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
+    last = []
+    for step in range(steps):
+        x = next(data)
+        logits = model.encoder(x)
+        sample = layer.sample(logits)
+        log_q = logits.unflatten(-1, (LATENTS, CATEGORIES)).log_softmax(-1)
+        kl = (log_q.exp() * (log_q + math.log(CATEGORIES))).sum((-2, -1))
+        loss = (sample.surrogate(model.cost(sample.z, x)) + kl).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step >= steps - max(1, steps // 10):
+            last.append(loss.item())
+    return sum(last) / len(last)
+
+
+def warm_up(layer: sl.StochasticLayer, model: Model, data: Iterator[Tensor], steps: int) -> None:
+    """Train what the layer trains, at the fixed model."""
+    own = list(layer.parameters())
+    if not own and not list(layer.buffers()):
+        return
+    optimizer = torch.optim.Adam(own, lr=1e-3) if own else None
+    for _ in range(steps):
+        x = next(data)
+        params = model.encoder(x).detach().requires_grad_()
+        sample = layer.sample(params)
+        loss = sample.surrogate(model.cost(sample.z, x)).mean()
+        if optimizer is None:
+            torch.autograd.grad(loss, params)
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def exact_gradient(layer: sl.StochasticLayer, model: Model, logits: Tensor, x: Tensor) -> Tensor:
+    """The gradient ``[32]`` of the expected cost at one example, by summation over all outcomes."""
+    logits = logits.detach().requires_grad_()
+    z = enumerate_outcomes(layer).to(logits.dtype)
+    with torch.no_grad():
+        cost = model.cost(z, x)
+    probs = layer.family.log_prob(layer.law(logits), z).exp()
+    (gradient,) = torch.autograd.grad(torch.where(probs > 0, probs * cost, 0.0).sum(), logits)
+    return gradient.double()
+
+
+def draws_of(layer: sl.StochasticLayer, model: Model, logits: Tensor, x: Tensor, draws: int, chunk: int) -> Tensor:
+    """Gradients ``[draws, 32]`` at one example; every chunk starts from the layer's state as it is."""
+    chunks = []
+    for start in range(0, draws, chunk):
+        torch.manual_seed(start)
+        with preserved(layer):
+            params = logits.detach().expand(min(chunk, draws - start), -1).clone().requires_grad_()
+            sample = layer.sample(params)
+            (gradient,) = torch.autograd.grad(sample.surrogate(model.cost(sample.z, x)).sum(), params)
+        chunks.append(gradient.double())
+    return torch.cat(chunks)
+
+
+def compare(h: Tensor, g: Tensor) -> dict[str, float]:
+    """The figures of one example from gradients ``[draws, 32]`` and the exact one ``[32]``."""
+    mean, variance = h.mean(0), float(h.var(0).sum())
+    squared = float((mean - g).square().sum()) - variance / len(h)
+    norm = float(g.norm())
+    return {
+        "relative_bias": math.sqrt(max(squared, 0.0)) / norm,
+        "bias_resolution": math.sqrt(variance / len(h)) / norm,
+        "relative_deviation": math.sqrt(variance) / norm,
+        "cosine_of_mean": float(F.cosine_similarity(mean, g, dim=0)),
+        "mean_cosine": float(F.cosine_similarity(h, g.expand_as(h), dim=-1).mean()),
+    }
+
+
+def rows(options: argparse.Namespace, model: Model, data: Iterator[Tensor], test: Tensor) -> Iterator[dict[str, Any]]:
+    """One row for each layer: the mean over the examples, and the evaluations of the cost for a gradient."""
+    logits = model.encoder(test).detach()
+    model.requires_grad_(False)
+    for name in options.layers or sl.list_layers(family="categorical"):
+        torch.manual_seed(options.seed)
+        layer = sl.create(name, **SHAPE)
+        warm_up(layer, model, data, options.warm_up)
+        if hasattr(layer, "eta"):
+            layer.requires_grad_(False)  # its objective is not needed any more
+        figures = []
+        points = layer.sample(logits).z.shape[0]
+        draws = max(2, min(options.draws, MAX_POINTS // points))
+        for x, at in zip(test, logits, strict=True):
+            g = exact_gradient(layer, model, at, x)
+            h = draws_of(layer, model, at, x, draws, max(1, min(256, 4096 // points)))
+            figures.append(compare(h, g))
+        row: dict[str, Any] = {"layer": name, "evaluations": points, "draws": draws}
+        row["unbiased"] = sl.describe(name).unbiased
+        for key in figures[0]:
+            values = [f[key] for f in figures]
+            row[key] = sum(values) / len(values)
+            row[f"{key}_range"] = [min(values), max(values)]
+        row["deviation_at_equal_cost"] = row["relative_deviation"] * points**0.5
+        yield row
+
+
+def plot(out: Path) -> None:
+    """Relative bias against relative deviation at equal cost, one mark for each layer."""
+    import matplotlib.pyplot as plt
+
+    table = read(out / "categorical_gradient.json")["rows"]
+    figure, axes = plt.subplots(figsize=(10, 7))
+    floor = 1e-3
+    for row in sorted(table, key=lambda r: r["relative_bias"]):
+        resolved = row["relative_bias"] > row["bias_resolution"]
+        x, y = max(row["deviation_at_equal_cost"], floor), max(row["relative_bias"], floor)
+        axes.plot(x, y, "o" if resolved else "v", color="tab:red" if row["unbiased"] is not True else "tab:blue")
+        axes.annotate(row["layer"], (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points", rotation=20)
+    axes.plot([], [], "o", color="tab:blue", label="unbiased by theory")
+    axes.plot([], [], "o", color="tab:red", label="biased by theory")
+    axes.plot([], [], "kv", label="no bias seen: below its own standard error (or 0.001)")
+    axes.set(xscale="log", yscale="log", ylabel="relative bias", title="8 x 4 categories, trained model, grey MNIST")
+    axes.set_xlabel("relative deviation of one gradient times root of the evaluations that it takes")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, out / "categorical_gradient.png")
+    plt.close(figure)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--layers", nargs="*", default=[], help="names (default: all categorical layers)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of the model")
+    parser.add_argument("--warm-up", type=int, default=200, help="training steps of a layer's own parameters")
+    parser.add_argument("--examples", type=int, default=4)
+    parser.add_argument("--draws", type=int, default=1024)
+    options: argparse.Namespace = parser.parse_args(words)
+    torch.set_num_threads(1)
+    if not options.plot:
+        torch.manual_seed(options.seed)
+        record = Record(options.out / "categorical_gradient.json", options)
+        images, test = pixels(options.data, 60000)
+        data, model = batches(images, 100, options.seed, binarize=False), Model()
+        record.write(negative_elbo=train(model, data, options.steps))
+        table = []
+        for row in rows(options, model, data, test[: options.examples]):
+            table.append(row)
+            record.write(rows=table)
+    plot(options.out)
+
+
+if __name__ == "__main__":
+    main()
