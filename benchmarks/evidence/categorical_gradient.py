@@ -160,24 +160,31 @@ def rows(options: argparse.Namespace, model: Model, data: Iterator[Tensor], test
 
 
 def plot(out: Path) -> None:
-    """Relative bias against relative deviation at equal cost, one mark for each layer."""
+    """Bias, deviation and direction, one line for each layer."""
     import matplotlib.pyplot as plt
 
-    table = read(out / "categorical_gradient.json")["rows"]
-    figure, axes = plt.subplots(figsize=(10, 7))
-    floor = 1e-3
-    for row in sorted(table, key=lambda r: r["relative_bias"]):
-        resolved = row["relative_bias"] > row["bias_resolution"]
-        x, y = max(row["deviation_at_equal_cost"], floor), max(row["relative_bias"], floor)
-        axes.plot(x, y, "o" if resolved else "v", color="tab:red" if row["unbiased"] is not True else "tab:blue")
-        axes.annotate(row["layer"], (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points", rotation=20)
-    axes.plot([], [], "o", color="tab:blue", label="unbiased by theory")
-    axes.plot([], [], "o", color="tab:red", label="biased by theory")
-    axes.plot([], [], "kv", label="no bias seen: below its own standard error (or 0.001)")
-    axes.set(xscale="log", yscale="log", ylabel="relative bias", title="8 x 4 categories, trained model, grey MNIST")
-    axes.set_xlabel("relative deviation of one gradient times root of the evaluations that it takes")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    table = [r for r in read(out / "categorical_gradient.json")["rows"] if r["layer"] != "enumeration"]
+    table.sort(key=lambda r: (r["unbiased"] is True, -r["deviation_at_equal_cost"]))
+    figure, panels = plt.subplots(1, 3, figsize=(14, 0.32 * len(table) + 1.5), sharey=True)
+    for line, row in enumerate(table):
+        color = "tab:blue" if row["unbiased"] is True else "tab:red"
+        if row["relative_bias"] > 2 * row["bias_resolution"]:
+            panels[0].plot(row["relative_bias"], line, "o", color=color)
+        panels[0].plot([1e-3, 2 * row["bias_resolution"]], [line, line], color=color, alpha=0.4)
+        panels[1].plot(row["deviation_at_equal_cost"], line, "o", color=color)
+        panels[1].plot(row["relative_deviation"], line, "o", color=color, fillstyle="none")
+        panels[2].plot(row["cosine_of_mean"], line, "o", color=color)
+        panels[2].plot(row["mean_cosine"], line, "o", color=color, fillstyle="none")
+    panels[0].set(xscale="log", xlabel="relative bias (dot; bar: what these draws can not resolve)", xlim=(3e-3, 10))
+    panels[1].set(xscale="log", xlabel="relative deviation (ring), times root of evaluations (dot)")
+    panels[2].set(xlabel="cosine with the exact gradient: mean (dot), one draw (ring)", xlim=(-0.3, 1.05))
+    panels[0].set_yticks(range(len(table)), [f"{r['layer']} ({r['evaluations']})" for r in table])
+    panels[0].plot([], [], "o", color="tab:blue", label="unbiased by theory")
+    panels[0].plot([], [], "o", color="tab:red", label="biased by theory")
+    panels[0].legend(fontsize=8, loc="lower left")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
     save_figure(figure, out / "categorical_gradient.png")
     plt.close(figure)
 
@@ -185,7 +192,7 @@ def plot(out: Path) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = arguments(__doc__)
-    parser.add_argument("--layers", nargs="*", default=[], help="names (default: all categorical layers)")
+    parser.add_argument("--layers", nargs="*", default=[], help="names (default: all); the rows of others are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000, help="training steps of the model")
     parser.add_argument("--warm-up", type=int, default=200, help="training steps of a layer's own parameters")
@@ -195,11 +202,13 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if not options.plot:
         torch.manual_seed(options.seed)
-        record = Record(options.out / "categorical_gradient.json", options)
+        path = options.out / "categorical_gradient.json"
+        kept = read(path)["rows"] if options.layers and path.is_file() else []
+        record = Record(path, options)
         images, test = pixels(options.data, 60000)
         data, model = batches(images, 100, options.seed, binarize=False), Model()
         record.write(negative_elbo=train(model, data, options.steps))
-        table = []
+        table = [row for row in kept if row["layer"] not in options.layers]
         for row in rows(options, model, data, test[: options.examples]):
             table.append(row)
             record.write(rows=table)
