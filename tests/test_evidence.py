@@ -59,8 +59,8 @@ def test_running_variance_is_that_of_independent_gradients():
 
 @pytest.mark.parametrize("gradient", ["pathwise", "dreg"])
 def test_iwae_runs(images, tmp_path, gradient):
-    words = ["--gradient", gradient, "--num-samples", "2", "--steps", "2", "--test-samples", "3", "--out", str(tmp_path)]
-    iwae.main(words)
+    words = ["--gradient", gradient, "--num-samples", "2", "--steps", "2", "--test-samples", "3"]
+    iwae.main([*words, "--out", str(tmp_path)])
     assert math.isfinite(result(tmp_path, f"iwae/{gradient}-k2-seed0.json")["curve"][-1]["log_likelihood"])
 
 
@@ -112,8 +112,8 @@ def test_gradients_are_compared_with_the_exact_one(images, tmp_path):
 
 @pytest.mark.parametrize("estimator", ["disarm", "rodeo"])
 def test_a_million_steps_start(images, tmp_path, estimator):
-    words = ["--estimator", estimator, "--seeds", "2", "--steps", "2", "--every", "1", "--device", "cpu", "--no-compile"]
-    million_steps.main([*words, "--out", str(tmp_path)])
+    words = ["--estimator", estimator, "--seeds", "2", "--steps", "2", "--every", "1"]
+    million_steps.main([*words, "--device", "cpu", "--no-compile", "--out", str(tmp_path)])
     curve = result(tmp_path, f"million_steps/{estimator}.json")["curve"]
     first, second = curve[-1]["objective"]
     assert math.isfinite(first) and first != second

@@ -16,6 +16,7 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 def network(sizes: Sequence[int]) -> nn.Sequential:
     """A perceptron with LeakyReLU(0.3), Glorot-uniform weights and zero biases."""
     modules: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         linear = nn.Linear(before, after)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -186,7 +187,7 @@ def plot(out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    colors = dict(zip(ESTIMATORS, plt.get_cmap("tab20").colors[::2] + ("black",), strict=True))
+    colors = dict(zip(ESTIMATORS, (*plt.get_cmap("tab20").colors[::2], "black"), strict=True))
     for name, runs in sorted(curves(out).items(), key=lambda item: list(ESTIMATORS).index(item[0])):
         for number, content in enumerate(runs):
             points = [p for p in content["curve"] if p["step"] >= 1000]
@@ -211,15 +212,18 @@ def plot(out: Path) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = arguments(__doc__)
-    parser.add_argument("--estimator", choices=ESTIMATORS, default="disarm")
+    parser.add_argument("--estimator", choices=ESTIMATORS, nargs="+", default=["disarm"], help="run one after another")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20000)
     options: argparse.Namespace = parser.parse_args(words)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if not options.plot:
-        path = options.out / "binary_vae" / f"{options.estimator}-seed{options.seed}.json"
-        run(options.estimator, options.seed, options.steps, pixels(options.data), Record(path, options))
+        images = pixels(options.data)
+        for name in options.estimator:
+            single = argparse.Namespace(**{**vars(options), "estimator": name})
+            path = options.out / "binary_vae" / f"{name}-seed{options.seed}.json"
+            run(name, options.seed, options.steps, images, Record("binary_vae", path, single))
     plot(options.out)
 
 

@@ -1,4 +1,4 @@
-"""Bias, spread and direction of every categorical estimator against the exact gradient, at one trained model.
+r"""Bias, spread and direction of every categorical estimator against the exact gradient, at one trained model.
 
 Serves the decision which estimator to take for categorical latents.
 
@@ -8,8 +8,8 @@ with ReLU, grey MNIST pixels as targets of the cross-entropy, closed-form KL to 
 The model is trained with ReinMax for ``--steps`` steps. Then each layer's gradient of the reconstruction cost, by the
 logits of ``--examples`` test images at once, is drawn ``--draws`` times and compared with the exact one, g:
 
-* relative bias: \\|E h - g\\| / \\|g\\|, less the part that the finite number of draws adds to its square;
-* relative deviation: sqrt(trace Cov h) / \\|g\\|; times sqrt(evaluations) it is what a fixed budget of decoder calls
+* relative bias: \|E h - g\| / \|g\|, less the part that the finite number of draws adds to its square;
+* relative deviation: sqrt(trace Cov h) / \|g\|; times sqrt(evaluations) it is what a fixed budget of decoder calls
   leaves;
 * cosine of E h with g, and mean cosine of a single h with g.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ SHAPE: dict[str, Any] = {"latent_dim": LATENTS, "family": "categorical", "num_ca
 def network(sizes: Sequence[int]) -> nn.Sequential:
     """A perceptron with ReLU, torch's own initialisation."""
     modules: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         modules += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
 
@@ -204,7 +205,7 @@ def main(words: Sequence[str] | None = None) -> None:
         torch.manual_seed(options.seed)
         path = options.out / "categorical_gradient.json"
         kept = read(path)["rows"] if options.layers and path.is_file() else []
-        record = Record(path, options)
+        record = Record("categorical_gradient", path, options)
         images, test = pixels(options.data, 60000)
         data, model = batches(images, 100, options.seed, binarize=False), Model()
         record.write(negative_elbo=train(model, data, options.steps))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ BATCH, TRAIN, LATENTS = 20, 59600, 50
 def network(sizes: Sequence[int]) -> nn.Sequential:
     """A perceptron with tanh between Glorot-uniform linear maps; the last module is linear."""
     modules: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         linear = nn.Linear(before, after)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -163,7 +164,7 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if not options.plot:
         name = f"{options.gradient}-k{options.num_samples}-seed{options.seed}.json"
-        run(options, pixels(options.data, TRAIN), Record(options.out / "iwae" / name, options))
+        run(options, pixels(options.data, TRAIN), Record("iwae", options.out / "iwae" / name, options))
     for row in table(options.out):
         print(row)
     plot(options.out)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class StackedLinear(nn.Module):
 def network(seeds: int, sizes: Sequence[int]) -> nn.Sequential:
     """A stacked perceptron with LeakyReLU(0.3)."""
     modules: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         modules += [StackedLinear(seeds, before, after), nn.LeakyReLU(0.3)]
     return nn.Sequential(*modules[:-1])
 
@@ -143,7 +144,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options = parser.parse_args(words)
-    run(options, Record(options.out / "million_steps" / f"{options.estimator}.json", options))
+    run(options, Record("million_steps", options.out / "million_steps" / f"{options.estimator}.json", options))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if not options.plot:
         torch.manual_seed(options.seed)
-        record = Record(options.out / "monte_carlo_integrals.json", options)
+        record = Record("monte_carlo_integrals", options.out / "monte_carlo_integrals.json", options)
         rows = points(options.draws)
         noisy = [r for r in rows if r["integral"] > 1e-20]  # a variance that is zero by theory is rounding alone
         variance = max(abs(r["variance"] - r["integral"]) / r["variance_error"] for r in noisy)

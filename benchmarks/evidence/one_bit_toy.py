@@ -41,7 +41,7 @@ def exact(logits: Tensor, target: float) -> Tensor:
 
 
 def run(name: str, target: float, seed: int, repeats: int, steps: int, every: int) -> list[dict[str, Any]]:
-    """``repeats`` independent logits side by side; the losses and log10 of the mean squared deviation of the gradient."""
+    """``repeats`` independent logits side by side; the losses and the mean squared error of the gradient."""
     torch.manual_seed(seed)
     layer = sl.create(name, latent_dim=1, family="bernoulli", **ESTIMATORS[name])
     logits = torch.zeros(repeats, 1, requires_grad=True)
@@ -106,15 +106,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=100, help="runs of layers without parameters of their own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="runs of those that have some")
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=[], help="default: all; others are kept")
     parser.add_argument("--shorten", type=int, default=1, help="divide the number of steps by this")
     options: argparse.Namespace = parser.parse_args(words)
     torch.set_num_threads(1)
     if not options.plot:
-        record = Record(options.out / "one_bit_toy.json", options)
-        curves: dict[str, dict[str, Any]] = {}
+        path = options.out / "one_bit_toy.json"
+        curves: dict[str, dict[str, Any]] = read(path)["curves"] if options.estimators and path.is_file() else {}
+        record = Record("one_bit_toy", path, options)
         for target, total in STEPS.items():
             steps = total // options.shorten
-            for name in ESTIMATORS:
+            for name in options.estimators or ESTIMATORS:
                 seeds, repeats = (options.seeds, 1) if name in TRAINED else ([0], options.repeats)
                 runs = [run(name, target, seed, repeats, steps, max(1, steps // 20)) for seed in seeds]
                 curves.setdefault(str(target), {})[name] = merged(runs)

@@ -89,7 +89,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options: argparse.Namespace = parser.parse_args(words)
     torch.set_num_threads(1)
     if not options.plot:
-        record = Record(options.out / "polynomial_toy.json", options)
+        record = Record("polynomial_toy", options.out / "polynomial_toy.json", options)
         curves: dict[str, dict[str, Any]] = {}
         for power in POWERS:
             for name in [*ESTIMATORS, "exact"]:

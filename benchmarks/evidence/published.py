@@ -4,9 +4,9 @@ from __future__ import annotations
 
 __all__ = ["IWAE_NLL", "ONE_BIT_LOSS", "QUADRATIC_OBJECTIVE", "QUADRATIC_VARIANCE", "RODEO_VARIANCE"]
 
-# Read off results/var_dyn.png of github.com/thjashin/rodeo, panel "MNIST" (mean of 5 seeds): columns of pixels are 4,400
-# steps wide and rows 0.9e-4 high, so that a point is good to about 2,000 steps and 1 % in variance. Names are those of
-# our layers; the number is that of evaluations of the cost.
+# Read off results/var_dyn.png of github.com/thjashin/rodeo, panel "MNIST" (mean of 5 seeds): columns of pixels are
+# 4,400 steps wide and rows 0.9e-4 high, so that a point is good to about 2,000 steps and 1 % in variance. Names are
+# those of our layers; the number is that of evaluations of the cost.
 RODEO_VARIANCE: dict[tuple[str, int], list[tuple[int, float]]] = {
     ("disarm", 2): [(4800, 1.591e-2), (9200, 1.615e-2), (13600, 1.607e-2), (18000, 1.589e-2)],
     ("double_cv", 2): [(4800, 1.776e-2), (9200, 1.719e-2), (13600, 1.652e-2), (18000, 1.568e-2)],

@@ -1,12 +1,12 @@
 """Variance and objective on 200 bits with a linear signal far below the noise: what a control variate is worth.
 
-Serves the decision between leave-one-out, DisARM and Double CV, on a problem where the variance is known in closed form.
+Serves the decision between leave-one-out, DisARM and Double CV, on a problem whose variance is known in closed form.
 
 The setting is that of "Double Control Variates for Gradient Estimation in Discrete Latent Variable Models" (Titsias,
 Shi, 2022): maximise E[mean_i (b_i - t)^2] over 200 logits, t = 0.499, two draws, logits 0 at the start, RMSprop 0.01,
 2,000 steps, double precision. The cost is c sum_i b_i plus a constant with c = (1 - 2t) / 200, so that at the start the
 variance of one coordinate is, by hand, 12.5 c^2 for leave-one-out, 199/16 c^2 for DisARM and 199/32 c^2 for the exact
-mean as baseline. ``exact_mean`` is that baseline, which nobody has in practice, and ``exact`` follows the exact gradient.
+mean as baseline. ``exact_mean`` is that baseline, which nobody has in practice; ``exact`` follows the exact gradient.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options: argparse.Namespace = parser.parse_args(words)
     torch.set_num_threads(1)
     if not options.plot:
-        record = Record(options.out / "quadratic_toy.json", options)
+        record = Record("quadratic_toy", options.out / "quadratic_toy.json", options)
         curves: dict[str, list[list[dict[str, float]]]] = {}
         for name in [*LAYERS, "exact"]:
             curves[name] = [run(name, seed, options.steps, options.every, options.draws) for seed in options.seeds]

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,17 +34,17 @@ class Record:
     """One result file: how it was made, and what came out; written whole each time, so that it is never half a file.
 
     Args:
+        script: Name of the script, without its suffix.
         path: The file.
         options: The options of the run by name; folders are left out.
     """
 
-    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+    def __init__(self, script: str, path: Path, options: argparse.Namespace) -> None:
         self.path = path
         self.started, self.started_cpu = time.perf_counter(), time.process_time()
-        module = getattr(sys.modules["__main__"].__spec__, "name", None) or "pytest"
         plain = {k: v for k, v in vars(options).items() if k not in ("data", "out", "plot")}
         self.content: dict[str, Any] = {
-            "command": " ".join(["python -m", module, *_words(plain)]),
+            "command": " ".join([f"python -m benchmarks.evidence.{script}", *_words(plain)]),
             "options": plain,
             **_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -93,6 +92,11 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 def _words(options: dict[str, Any]) -> Sequence[str]:
     words: list[str] = []
     for name, value in options.items():
+        if value in ([], None):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+            continue
         words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
