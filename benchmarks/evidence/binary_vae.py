@@ -190,18 +190,19 @@ def plot(out: Path) -> None:
     colors = dict(zip(ESTIMATORS, (*plt.get_cmap("tab20").colors[::2], "black"), strict=True))
     for name, runs in sorted(curves(out).items(), key=lambda item: list(ESTIMATORS).index(item[0])):
         for number, content in enumerate(runs):
-            points = [p for p in content["curve"] if p["step"] >= 1000]
+            points = [p for p in content["curve"] if p["step"] >= 300]
             steps = [p["step"] for p in points]
             label = f"{name} ({ESTIMATORS[name]['num_samples'] if name != 'rebar' else 3})" if not number else None
-            left.plot(steps, [p["variance"] for p in points], color=colors[name], label=label)
-            right.plot(steps, [p["elbo"] for p in points], color=colors[name], label=label)
+            left.plot(steps, [p["variance"] for p in points], color=colors[name], label=label, linewidth=1, marker=".")
+            right.plot(steps, [p["elbo"] for p in points], color=colors[name], label=label, linewidth=1, marker=".")
     for (name, _), series in published.RODEO_VARIANCE.items():
         left.plot(*zip(*series, strict=True), "o--", color=colors[name], markersize=4, linewidth=0.8)
     left.plot([], [], "ko--", markersize=4, linewidth=0.8, label="published (read off the figure)")
     left.set(xlabel="step", ylabel="gradient variance", yscale="log", title="running variance of the encoder gradient")
-    right.set(xlabel="step", ylabel="ELBO (nats)", ylim=(-140, None), title="training ELBO, one exact draw")
+    right.set(xlabel="step", ylabel="ELBO (nats)", ylim=(-170, None), title="training ELBO, one exact draw")
     for axes in (left, right):
-        axes.set_xlim(0, 20500)
+        axes.set_xscale("log")
+        axes.set_xticks([300, 1000, 3000, 10000, 20000], ["300", "1,000", "3,000", "10,000", "20,000"])
         axes.grid(alpha=0.3)
     left.legend(fontsize=8, ncols=2)
     right.legend(fontsize=8)
