@@ -198,13 +198,19 @@ def plot(out: Path) -> None:
     for (name, _), series in published.RODEO_VARIANCE.items():
         left.plot(*zip(*series, strict=True), "o--", color=colors[name], markersize=4, linewidth=0.8)
     left.plot([], [], "ko--", markersize=4, linewidth=0.8, label="published (read off the figure)")
-    left.set(xlabel="step", ylabel="gradient variance", yscale="log", title="running variance of the encoder gradient")
+    left.set(
+        xlabel="step",
+        ylabel="gradient variance",
+        yscale="log",
+        ylim=(2e-5, 0.2),
+        title="running variance of the encoder gradient",
+    )
     right.set(xlabel="step", ylabel="ELBO (nats)", ylim=(-170, None), title="training ELBO, one exact draw")
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks([300, 1000, 3000, 10000, 20000], ["300", "1,000", "3,000", "10,000", "20,000"])
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8, ncols=2)
+    left.legend(fontsize=8, ncols=2, loc="lower right")
     right.legend(fontsize=8)
     save_figure(figure, out / "binary_vae" / "curves.png")
     plt.close(figure)
