@@ -49,7 +49,26 @@ def _named(what: str, spec: Spec, classes: Mapping[str, type[_T]], *args: Any) -
     return cls(*args, **options)
 
 
-def build_layer(layer: str | StochasticLayer, options: Mapping[str, Any] | None) -> StochasticLayer:
+def layer_spec(layer: Spec, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """The name of a layer and all its options: those of a mapping ``{"name": ..., **options}`` and those beside it.
+
+    Raises:
+        ValueError: The mapping has no name, or an option is given twice with different values.
+    """
+    beside, own = dict(options or {}), {"name": layer} if isinstance(layer, str) else dict(layer)
+    name = own.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"needed {{'name': ..., **options}} for a layer, got {layer!r} without a name; add 'name'.")
+    for option in sorted(beside.keys() & own.keys()):
+        if beside[option] != own[option]:
+            raise ValueError(
+                f"needed one value of the option {option!r}, got {own[option]!r} in layer and {beside[option]!r} in "
+                "layer_options; remove one."
+            )
+    return name, beside | own
+
+
+def build_layer(layer: Spec | StochasticLayer, options: Mapping[str, Any] | None) -> StochasticLayer:
     """The layer of a registered name and its options; sizes that are not given get a default."""
     if isinstance(layer, StochasticLayer):
         if options:
@@ -57,7 +76,7 @@ def build_layer(layer: str | StochasticLayer, options: Mapping[str, Any] | None)
                 f"needed no layer_options with a layer object, got {dict(options)}; set them on the object."
             )
         return layer
-    options = dict(options or {})
+    layer, options = layer_spec(layer, options)
     cls = layer_class(layer)
     parameters = inspect.signature(cls).parameters
     options.setdefault("latent_dim", cls.default_latent_dim)

@@ -1,4 +1,4 @@
-"""The console script ``stochastic-layers``: fit, validate, test, predict; list, describe and certify."""
+"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe and certify."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from lightning_modules.callbacks import Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
+from lightning_modules.sweeps import TrialRecord
+from lightning_modules.sweeps import command as sweep
 from lightning_modules.vae import VAE
 
 __all__ = ["CLI", "capability_markdown", "capability_table", "main"]
@@ -97,7 +99,7 @@ class CLI(LightningCLI):
         patience = self._get(self.config_init, "patience")
         if patience is not None:
             callbacks.append(EarlyStopping("val/elbo", mode="max", patience=patience))
-        callbacks.append(Report())
+        callbacks += [Report(), *TrialRecord.from_environment()]
         return trainer
 
     def after_fit(self) -> None:
@@ -195,6 +197,8 @@ def main(args: list[str] | None = None) -> None:
             print(compatibility_markdown())
         elif command == "certify":
             sys.exit(certify.main(rest))
+        elif command == "sweep":
+            sys.exit(sweep.main(rest))
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
             _describe(rest[0])
         elif command in ("list", "describe"):
