@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from lightning_modules.build import build_likelihood, build_objective
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
+from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics, preserved
 
@@ -31,7 +32,7 @@ MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weight
 _Terms = TypeVar("_Terms")
 
 
-class LatentVariableModel(LightningModule, Generic[_Terms]):
+class LatentVariableModel(WeightsOnly, Generic[_Terms]):
     """Base of models p(x, z), q(z | x) that one optimizer trains on one scalar loss; :class:`VAE` says what is logged.
 
     Args:

@@ -24,6 +24,7 @@ from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
 from lightning_modules.sweeps import TrialRecord
 from lightning_modules.sweeps import command as sweep
+from lightning_modules.untrusted import read_checkpoint, restrict_imports
 from lightning_modules.vae import VAE
 
 __all__ = ["CLI", "capability_markdown", "capability_table", "main"]
@@ -57,7 +58,9 @@ class SaveConfig(SaveConfigCallback):
         self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True, multifile=self.multifile)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                config = self.config.as_dict() | {"layer_name": getattr(pl_module, "layer_name", None)}
+                layers = [layer.name for layer in getattr(pl_module, "stochastic_layers", [])]
+                # a string beside the mapping of a layer and its options: what runs are grouped and coloured by
+                config = self.config.as_dict() | {"layer_name": ", ".join(layers)}
                 logger.experiment.config.update(config, allow_val_change=True)
 
 
@@ -81,17 +84,41 @@ class CLI(LightningCLI):
         parser.link_arguments("data.data_shape", "model.data_shape", apply_on="instantiate")
         parser.set_defaults(self.defaults)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path and Path(path).is_file():
+            read_checkpoint(path)  # before anything in it is used
+
     def before_instantiate_classes(self) -> None:
         """Resolve ``--model.likelihood auto``: bernoulli for binarized data, else a law over the data's grey levels."""
-        config = self._get(self.config, "model")
-        if config is not None and config.likelihood == "auto":
-            data = self._get(self.config, "data")
+        config, data = self._get(self.config, "model"), self._get(self.config, "data")
+        if config is None or data is None:
+            raise ValueError("needed options under model and data, got null; leave the key out for the defaults.")
+        if config.likelihood == "auto":
             module, _, name = data.class_path.rpartition(".")
             levels: int | None = getattr(getattr(import_module(module), name), "levels", None)
             if data.init_args.get("binarization") == "none" and levels is not None:
                 config.likelihood = {"name": "discretized_logistic", "num_levels": levels + 1}
             else:
                 config.likelihood = "bernoulli"
+        logger = self._get(self.config, "trainer").logger
+        if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("name") == "":
+            logger.init_args.name = None  # what the default logger leaves behind; W&B finds a name of its own
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        for part in (self.model, self.datamodule):
+            # SaveConfig writes the whole configuration, once; Lightning would add parts of it under other names
+            cast(Any, part)._log_hyperparams = False
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -207,6 +234,7 @@ def main(args: list[str] | None = None) -> None:
                 f"got {' '.join(words)!r}."
             )
         else:
+            restrict_imports()
             CLI(
                 VAE,
                 ImageDataModule,

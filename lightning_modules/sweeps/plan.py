@@ -213,6 +213,9 @@ def _own_problems(config: dict[str, Any]) -> list[str]:
         problems.append(f"no program; use program: {PROGRAM}")
     elif config["program"] == PROGRAM and "command" not in config:
         problems.append(f"no command; start from that of a shipped file, {shipped_files()}")
+    words = [word for word in config.get("command", []) if isinstance(word, dict)]
+    if words:  # YAML reads `- --option={'a': 1}` so
+        problems.append(f"the mapping {words[0]} in command; put the word in double quotes")
     if not _has_arguments(config.get("command", DEFAULT_COMMAND)):
         problems.append("a command without ${args}, so that no trial would see its parameters")
     return problems

@@ -103,7 +103,7 @@ def ranking_table(plan: Plan, rows: Sequence[Row]) -> Table:
     tested = any(not math.isnan(row.test) for row in rows)
     table = Table(title=f"sweep {plan.name}: {'highest' if plan.maximizes else 'lowest'} {plan.metric} first")
     for column in ("#", *names, plan.metric, *(["test, best weights"] if tested else []), "trials"):
-        table.add_column(column, justify="left" if column in names or column == "trials" else "right")
+        table.add_column(column, justify="left" if column in (*names, "trials") else "right", overflow="fold")
     for row in rows:
         value = "-" if math.isnan(row.value) else f"{row.value:.4g}"
         if not math.isnan(row.deviation):
