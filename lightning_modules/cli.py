@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -94,15 +95,15 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        config = self.config[subcommand] if subcommand else self.config
+        require_groups(config)
+        path = config.get("ckpt_path")
         if path and Path(path).is_file():
             read_checkpoint(path)  # before anything in it is used
 
     def before_instantiate_classes(self) -> None:
         """Resolve ``--model.likelihood auto``: bernoulli for binarized data, else a law over the data's grey levels."""
         config, data = self._get(self.config, "model"), self._get(self.config, "data")
-        if config is None or data is None:
-            raise ValueError("needed options under model and data, got null; leave the key out for the defaults.")
         if config.likelihood == "auto":
             module, _, name = data.class_path.rpartition(".")
             levels: int | None = getattr(getattr(import_module(module), name), "levels", None)
@@ -143,6 +144,19 @@ class CLI(LightningCLI):
                 console.print(f"picture: {file}")
             if path:
                 console.print(f"best weights: {Path(path)}")
+
+
+def require_groups(config: Namespace) -> None:
+    """Refuse a configuration with something else than options where options belong, which the parser lets through.
+
+    Raises:
+        ValueError: Such a value.
+    """
+    for name in ("model", "data", "trainer", "checkpoint", "pictures"):
+        if not isinstance(config.get(name), Namespace):
+            raise ValueError(
+                f"needed options under {name!r}, got {config.get(name)!r}; leave the key out for the defaults."
+            )
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Any]:
