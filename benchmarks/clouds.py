@@ -135,6 +135,7 @@ def flipout() -> Figure:
 
 
 def main() -> None:
+    """Make every picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("docs/images"), help="where the pictures go")
     folder = parser.parse_args().folder
