@@ -42,7 +42,9 @@ def restrict_imports() -> None:
     if wanted != "1":
         return
     if "import_path_allowlist" not in inspect.signature(set_parsing_settings).parameters:
-        raise ValueError(f"needed a jsonargparse with import_path_allowlist for {RESTRICT_VARIABLE}=1, got an older one.")
+        raise ValueError(
+            f"needed a jsonargparse with import_path_allowlist for {RESTRICT_VARIABLE}=1, got an older one."
+        )
     layers = [layer_class(name) for name in sl.list_layers()]  # those of installed packages too
     allowed = [*TRUSTED, *(f"{layer.__module__}.{layer.__qualname__}" for layer in layers)]
     settings: dict[str, Any] = {

@@ -73,7 +73,9 @@ scalars = st.one_of(
     st.floats(),
     st.sampled_from([0.5, 1.0, 1e-30, 1e300]),
     st.text(max_size=4),
-    st.sampled_from(["bernoulli", "categorical", "gaussian", "learned", "leave_one_out", "none", "mlp", "elbo", *NAMES]),
+    st.sampled_from(
+        ["bernoulli", "categorical", "gaussian", "learned", "leave_one_out", "none", "mlp", "elbo", *NAMES]
+    ),
 )
 values = st.one_of(
     scalars,
@@ -127,7 +129,13 @@ DTYPES = [torch.float32] * 6 + [torch.float64, torch.float16, torch.bfloat16, to
 shapes = st.lists(st.integers(0, 3), max_size=2)
 entries = st.lists(st.sampled_from(SPECIAL) | st.floats(-5, 5), min_size=1, max_size=12)
 params = st.tuples(
-    st.integers(0, 10**6), shapes, st.integers(0, 9), entries, st.sampled_from(DTYPES), st.integers(0, 20), st.booleans()
+    st.integers(0, 10**6),
+    shapes,
+    st.integers(0, 9),
+    entries,
+    st.sampled_from(DTYPES),
+    st.integers(0, 20),
+    st.booleans(),
 )
 
 
@@ -233,7 +241,15 @@ def parser():
 
 
 KEYS = [
-    *("model", "model.layer", "model.layer_options", "model.encoder", "model.decoder", "model.prior", "model.likelihood"),
+    *(
+        "model",
+        "model.layer",
+        "model.layer_options",
+        "model.encoder",
+        "model.decoder",
+        "model.prior",
+        "model.likelihood",
+    ),
     *("model.objective", "model.data_shape", "model.lr", "model.baseline_lr", "model.optimizer", "model.iwae_samples"),
     *("data", "data.class_path", "data.init_args", "trainer", "trainer.max_epochs", "trainer.callbacks"),
     *("trainer.logger", "trainer.strategy", "trainer.precision", "checkpoint", "checkpoint.monitor", "pictures"),
@@ -282,7 +298,9 @@ def test_configurations(cases, seed, parser, tmp_path, monkeypatch):
 
 @amounts(100, 3_000)
 def test_texts_that_should_be_yaml_configurations(cases, seed, parser):
-    words = st.sampled_from(["model", "layer", ": ", "\n", "  ", "- ", "{", "}", "[", "]", "&a ", "*a", "!!python/name:os", "'"])
+    words = st.sampled_from(
+        ["model", "layer", ": ", "\n", "  ", "- ", "{", "}", "[", "]", "&a ", "*a", "!!python/name:os", "'"]
+    )
     texts = st.lists(words | st.text(max_size=3), max_size=12).map("".join)
 
     def check(text):

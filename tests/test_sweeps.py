@@ -342,7 +342,9 @@ def test_a_two_process_trial_is_one_run_and_obeys_a_request_to_stop(tmp_path, mo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    plan = one_step("layers.yaml", tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=500")
+    plan = one_step(
+        "layers.yaml", tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=500"
+    )
     state = SweepState.open(tmp_path / "s", plan.config)
 
     def stop(trial):

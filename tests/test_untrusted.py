@@ -104,8 +104,6 @@ for words in %r:
     print(attempt(*words), *words)
 """
 REFUSED = [
-    ["--model.layer=stranger.Layer"],
-    ["--model.layer={'class_path': 'stranger.Layer'}"],
     ["--model.optimizer=stranger.optimizer"],
     ["--model.optimizer=os.system"],
     ["--model.optimizer=lightning.pytorch.trainer.trainer.os.system"],  # by way of a trusted module
@@ -113,6 +111,10 @@ REFUSED = [
     ["--trainer.logger=stranger.Logger"],
     ["--data=stranger.Data"],
     ["--config=stranger.yaml"],
+]
+AS_A_NAME = [  # not imported, and refused as the name of no registered layer when the model is built
+    ["--model.layer=stranger.Layer"],
+    ["--model.layer={'class_path': 'stranger.Layer'}"],
 ]
 ACCEPTED = [
     ["--model.layer=reinforce"],
@@ -127,7 +129,9 @@ ACCEPTED = [
 
 def attempts(tmp_path, words, restrict):
     # importing it leaves a mark
-    (tmp_path / "stranger.py").write_text("open('mark', 'w').close()\nfrom lightning_modules.data import Digits as Data\n")
+    (tmp_path / "stranger.py").write_text(
+        "open('mark', 'w').close()\nfrom lightning_modules.data import Digits as Data\n"
+    )
     (tmp_path / "stranger.yaml").write_text("trainer: {callbacks: [{class_path: stranger.Callback}]}")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]),
@@ -144,9 +148,11 @@ def test_a_restricted_configuration_imports_nothing_but_what_is_trusted(tmp_path
     jsonargparse = pytest.importorskip("jsonargparse")
     if "import_path_allowlist" not in (jsonargparse.set_parsing_settings.__doc__ or ""):
         pytest.skip("needs a jsonargparse that can restrict imports")
-    assert attempts(tmp_path, REFUSED + ACCEPTED, "1") == (
-        ["refused"] * len(REFUSED) + ["accepted"] * len(ACCEPTED),
-        False,
-    )
+    harmless = AS_A_NAME + ACCEPTED
+    expected = ["refused"] * len(REFUSED) + ["accepted"] * len(harmless)
+    assert attempts(tmp_path, REFUSED + harmless, "1") == (expected, False)
+    for layer in ("stranger.Layer", {"class_path": "stranger.Layer"}):
+        with pytest.raises(ValueError, match="needed"):
+            VAE(layer)
     # the control: without the restriction the same words import the stranger's module
     assert attempts(tmp_path, [["--data=stranger.Data"]], "0") == (["accepted"], True)

@@ -57,7 +57,9 @@ def _parameters(trial: Trial) -> str:
 
 def _values(plan: Plan, record: Record) -> str:
     value = best(plan, record)
-    return f"{plan.metric} {math.nan if value is None else value:.4g} after {len(record.values(plan.metric))} validations"
+    return (
+        f"{plan.metric} {math.nan if value is None else value:.4g} after {len(record.values(plan.metric))} validations"
+    )
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -68,7 +70,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where the sweep is kept (default: runs/sweeps/NAME)")
     parser.add_argument("--seed", type=int, default=0, help="of the search (default 0)")
     parser.add_argument("--sweep-id", help="id that `wandb sweep FILE` printed, to upload the runs into that sweep")
-    parser.add_argument("--print", action="store_true", help="print the file, to copy it or to hand it to `wandb sweep`")
+    parser.add_argument(
+        "--print", action="store_true", help="print the file, to copy it or to hand it to `wandb sweep`"
+    )
     return parser.parse_args(words)
 
 

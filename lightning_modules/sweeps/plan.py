@@ -78,7 +78,9 @@ class Plan:
             # by way of JSON, in which the state of the sweep is kept
             config = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: needed a YAML file of plain data, got {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{path}: needed a YAML file of plain data, got {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(config, dict):
             raise ValueError(f"{path}: needed a mapping of W&B's sweep keys, got {type(config).__name__}.")
         problems = _schema_problems(config) or _own_problems(config)

@@ -108,7 +108,7 @@ def ranking_table(plan: Plan, rows: Sequence[Row]) -> Table:
         value = "-" if math.isnan(row.value) else f"{row.value:.4g}"
         if not math.isnan(row.deviation):
             value += f" ± {row.deviation:.2g}"
-        test = ([] if not tested else ["-"] if math.isnan(row.test) else [f"{row.test:.4g}"])
+        test = [] if not tested else ["-"] if math.isnan(row.test) else [f"{row.test:.4g}"]
         states = ", ".join(f"{row.states.count(s)} {s}" for s in dict.fromkeys(row.states))
         parameters = [short(row.parameters.get(name, "")) for name in names]
         table.add_row(str(row.rank or "-"), *parameters, value, *test, states)

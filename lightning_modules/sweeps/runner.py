@@ -130,7 +130,9 @@ class Runner:
                     start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends its trials one by one
                 )
             except OSError as error:
-                raise ValueError(f"needed a program to run, got {error}; see program and command in the file.") from error
+                raise ValueError(
+                    f"needed a program to run, got {error}; see program and command in the file."
+                ) from error
         trial.state = "running"
         self._running.append(_Process(trial, process, slot, time.monotonic()))
         self.state.save()
@@ -235,7 +237,9 @@ def _share(slot: int, workers: int) -> dict[str, str]:
     """The share of processor threads and GPUs of one of several workers; what the user has set stays."""
     if workers == 1:
         return {}
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    threads = (
+        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    )
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     return threads | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot::workers])} if len(gpus) >= workers else {})
 
