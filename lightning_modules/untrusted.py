@@ -73,8 +73,8 @@ def _read(file: IO[bytes], name: str) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive makes the reader raise almost anything
         raise ValueError(
-            f"{name}: needed a checkpoint of tensors and plain data, got {type(error).__name__}: {_first_line(error)}; it "
-            "is damaged, or holds objects, which are not loaded because loading them runs their code."
+            f"{name}: needed a checkpoint of tensors and plain data, got {type(error).__name__}: {_first_line(error)}; "
+            "it is damaged, or holds objects, which are not loaded because loading them runs their code."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{name}: needed a Lightning checkpoint with a state_dict, got {type(content).__name__}.")

@@ -150,8 +150,8 @@ class Family(ABC):
             )
         if max(-low, high) > MAX_PARAM:
             raise ValueError(
-                f"needed params of magnitude at most {MAX_PARAM:g}, got {max(-low, high):.3g}, whose square overflows in "
-                "float32; look at the network before the layer."
+                f"needed params of magnitude at most {MAX_PARAM:g}, got {max(-low, high):.3g}, whose square overflows "
+                "in float32; look at the network before the layer."
             )
 
     def prepare(self, params: Tensor | Sequence[Tensor]) -> Tensor:

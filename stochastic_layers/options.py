@@ -1,4 +1,4 @@
-"""Options of layers against the annotations of their constructors: a value of another kind is named before it is used."""
+"""Options of layers against the annotations of their constructors: a value of another kind is named at once."""
 
 from __future__ import annotations
 

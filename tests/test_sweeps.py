@@ -78,7 +78,7 @@ def test_a_grid_runs_every_point_once_and_ranks_them(sweep, capsys):
     assert "highest val/elbo first" in out and "3 finished" in out and "runs.txt" in out
     folder = Path("runs/sweeps/sweep")
     ranking = json.loads((folder / "ranking.json").read_text())["ranking"]
-    assert [row["parameters"]["x"] for row in ranking][0] == 2 and len(started()) == 12
+    assert ranking[0]["parameters"]["x"] == 2 and len(started()) == 12
     assert [row["value"] for row in ranking] == pytest.approx([0.1, -0.9, -0.9, -3.9])
     assert [row["deviation"] for row in ranking] == pytest.approx([0.1] * 4)
     with open(folder / "ranking.csv") as file:
@@ -92,7 +92,7 @@ def test_a_minimized_metric_ranks_the_other_way(sweep):
     plan = sweep(metric={"name": "val/elbo", "goal": "minimize"})
     state = SweepState.open(Path("s"), plan.config)
     Runner(plan, state, workers=2).run()
-    assert [row.parameters["x"] for row in rank(plan, state)][0] == 0
+    assert rank(plan, state)[0].parameters["x"] == 0
 
 
 def test_random_points_depend_on_seed_and_number_alone(sweep):
