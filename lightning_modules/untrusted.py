@@ -93,7 +93,7 @@ class WeightsOnly(LightningModule):
     """A LightningModule whose checkpoints are loaded as plain data, or not at all."""
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
+    def load_from_checkpoint(
         cls: type[_Model],
         checkpoint_path: str | Path | IO[bytes],
         map_location: Any = None,

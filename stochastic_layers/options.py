@@ -25,7 +25,7 @@ def check_options(name: str, constructor: Callable[..., Any], options: Mapping[s
         ValueError: A value is of another kind, NaN, or an integer that no layer can use.
     """
     try:
-        hints = get_type_hints(constructor.__init__)  # type: ignore[misc]
+        hints = get_type_hints(constructor.__init__)
     except Exception:  # annotations of a foreign layer may name what cannot be resolved
         return
     for option, value in options.items():

@@ -88,7 +88,8 @@ class Record:
 
     def last(self, metric: str) -> float | None:
         """The newest value of one metric."""
-        return (self.values(metric) or [None])[-1]
+        values = self.values(metric)
+        return values[-1] if values else None
 
 
 def read_record(path: Path) -> Record:
