@@ -21,6 +21,7 @@ from lightning_modules import VAE
 from lightning_modules.build import build_layer
 from lightning_modules.cli import CLI, require_groups
 from lightning_modules.data import ImageDataModule
+from lightning_modules.data.files import read_array
 from stochastic_layers.registry import layer_class
 
 SECONDS = 20  # what one case may take before it counts as a hang
@@ -312,3 +313,20 @@ def test_texts_that_should_be_yaml_configurations(cases, seed, parser):
             assert stop.code == 2 and "error:" in errors.getvalue()
 
     fuzz(check, texts, cases, seed)
+
+
+@pytest.mark.slow
+def test_damaged_data_files(seed, tmp_path):
+    from test_data import FILES, spec
+
+    def check(case):
+        number, (anywhere, _, length, tail) = case
+        name = sorted(FILES)[number]
+        good, array = FILES[name]
+        data = bytearray(good)
+        for place, value in anywhere:
+            data[int(place * len(data))] = value
+        (tmp_path / name).write_bytes(bytes(data[: round(length * len(data))]) + tail)
+        assert read_array(tmp_path / name, spec(name)).tolist() == array.tolist()
+
+    fuzz(check, st.tuples(st.integers(0, len(FILES) - 1), damage), 5_000, seed)

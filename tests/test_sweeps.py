@@ -9,13 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
 
+from lightning_modules import VAE
 from lightning_modules.cli import main
-from lightning_modules.sweeps import Plan, Runner, SweepState, rank
+from lightning_modules.data import Digits
+from lightning_modules.sweeps import Plan, Runner, SweepState, TrialRecord, rank
 from lightning_modules.sweeps.plan import find_file, shipped_files
-from lightning_modules.sweeps.runner import trial_environment
+from lightning_modules.sweeps.record import TRIAL_VARIABLE, read_record, stop_file
+from lightning_modules.sweeps.runner import share, trial_environment
 
 pytest.importorskip("sweeps", reason="needs W&B's search: pip install 'stochastic-layers[sweeps]', see docs/sweeps.md")
 
@@ -230,6 +234,49 @@ def test_the_command_line_is_the_one_of_wandb_agent(file):
     assert words[:2] == ["/usr/bin/env", "stochastic-layers"]
     ours = plan.command(parameters)
     assert ours[:3] == [sys.executable, "-m", "lightning_modules.cli"] and ours[3:] == words[2:]
+
+
+@pytest.mark.parametrize("why", ["nothing", "a request", "the sweep was killed"])
+def test_a_trial_ends_after_the_validation_that_follows_a_reason(why, tmp_path, monkeypatch):
+    path = tmp_path / "trial.jsonl"
+    monkeypatch.setenv(TRIAL_VARIABLE, str(path))
+    (record,) = TrialRecord.from_environment()
+    if why == "a request":
+        stop_file(path).touch()
+    elif why == "the sweep was killed":
+        record._parent = -1
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_train_batches=1,
+        log_every_n_steps=1,
+        num_sanity_val_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record],
+    )
+    trainer.fit(VAE("gaussian", {"latent_dim": 2}), Digits(binarization="dynamic"))
+    read = read_record(path)
+    assert len(read.history) == (3 if why == "nothing" else 1)
+    assert read.last("val/elbo") == float(trainer.callback_metrics["val/elbo"])
+    with path.open("a") as file:
+        file.write('{"val/elbo": 1')  # a line that is being written
+    assert read_record(path) == read
+    monkeypatch.delenv(TRIAL_VARIABLE)
+    assert TrialRecord.from_environment() == []
+
+
+def test_workers_share_the_gpus_and_the_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert share(0, 1) == {}
+    assert share(1, 2) == {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "5,7"}
+    assert share(0, 8) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert share(2, 4) == {"CUDA_VISIBLE_DEVICES": "6"}
 
 
 BAD = {

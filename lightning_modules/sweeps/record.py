@@ -11,9 +11,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-__all__ = ["TRIAL_VARIABLE", "Record", "TrialRecord", "read_record", "stop_file"]
+__all__ = ["SWEEP_VARIABLE", "TRIAL_VARIABLE", "Record", "TrialRecord", "read_record", "stop_file"]
 
 TRIAL_VARIABLE = "STOCHASTIC_LAYERS_TRIAL"  # path of the record, for the trial's process
+SWEEP_VARIABLE = "STOCHASTIC_LAYERS_SWEEP"  # process id of the sweep
+INIT = 1  # what takes the place of a parent that was killed
 
 
 class TrialRecord(Callback):
@@ -28,7 +30,9 @@ class TrialRecord(Callback):
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        self._parent = os.getppid()
+        parent = os.getppid()
+        # a sweep that was killed while this process was starting is not the parent any more
+        self._parent = int(os.environ.get(SWEEP_VARIABLE, INIT)) if parent == INIT else parent
 
     @classmethod
     def from_environment(cls) -> list[Callback]:

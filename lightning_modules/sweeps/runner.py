@@ -15,11 +15,11 @@ import torch
 import yaml
 
 from lightning_modules.sweeps.plan import Plan
-from lightning_modules.sweeps.record import TRIAL_VARIABLE, read_record, stop_file
+from lightning_modules.sweeps.record import SWEEP_VARIABLE, TRIAL_VARIABLE, read_record, stop_file
 from lightning_modules.sweeps.state import SweepState, Trial, new_id
 from stochastic_layers.registry import nearest
 
-__all__ = ["Runner", "trial_environment"]
+__all__ = ["Runner", "share", "trial_environment"]
 
 POLL = 0.2  # seconds between two looks at the trials
 GRACE = 15.0  # seconds that an interrupted trial has to close its files
@@ -118,7 +118,7 @@ class Runner:
         slot = next(i for i in range(self.workers) if all(p.slot != i for p in self._running))
         folder = self.state.record(trial).parent
         folder.mkdir(parents=True, exist_ok=True)
-        environment = trial_environment(self.plan, self.state, trial, self.sweep_id) | _share(slot, self.workers)
+        environment = trial_environment(self.plan, self.state, trial, self.sweep_id) | share(slot, self.workers)
         with self.state.log(trial).open("wb") as log:
             try:
                 process = subprocess.Popen(
@@ -223,6 +223,7 @@ def trial_environment(plan: Plan, state: SweepState, trial: Trial, sweep_id: str
         "WANDB_RUN_ID": trial.id,
         "WANDB_SWEEP_PARAM_PATH": str(parameters.absolute()),
         TRIAL_VARIABLE: str(state.record(trial).absolute()),
+        SWEEP_VARIABLE: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
     }
     own |= {"WANDB_SWEEP_ID": sweep_id} if sweep_id else {"WANDB_RUN_GROUP": f"{plan.name}-{state.id}"}
@@ -233,7 +234,7 @@ def trial_environment(plan: Plan, state: SweepState, trial: Trial, sweep_id: str
     return inherited | own
 
 
-def _share(slot: int, workers: int) -> dict[str, str]:
+def share(slot: int, workers: int) -> dict[str, str]:
     """The share of processor threads and GPUs of one of several workers; what the user has set stays."""
     if workers == 1:
         return {}
