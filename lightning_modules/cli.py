@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -261,7 +262,7 @@ def main(args: list[str] | None = None) -> None:
                 parser_kwargs={"prog": "stochastic-layers"},
                 args=args,
             )
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         sys.exit(f"stochastic-layers: {error}")
 
 
