@@ -37,6 +37,8 @@ Spec = str | Mapping[str, Any]
 
 
 def _named(what: str, spec: Spec, classes: Mapping[str, type[_T]], *args: Any) -> _T:
+    if not isinstance(spec, str | Mapping):
+        raise ValueError(f"needed the name of {what}, {{'name': ..., **options}} or an object, got {spec!r}.")
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", None))
     if name not in classes:
@@ -55,6 +57,11 @@ def layer_spec(layer: Spec, options: Mapping[str, Any] | None) -> tuple[str, dic
     Raises:
         ValueError: The mapping has no name, or an option is given twice with different values.
     """
+    if not isinstance(layer, str | Mapping) or not isinstance(options, Mapping | None):
+        raise ValueError(
+            f"needed the name of a layer, {{'name': ..., **options}} or a layer, and its options as a mapping, got "
+            f"{layer!r} and {options!r}."
+        )
     beside, own = dict(options or {}), {"name": layer} if isinstance(layer, str) else dict(layer)
     name = own.pop("name", None)
     if not isinstance(name, str):

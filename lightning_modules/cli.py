@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -148,7 +149,7 @@ class CLI(LightningCLI):
 
 
 def require_groups(config: Namespace) -> None:
-    """Refuse a configuration with something else than options where options belong, which the parser lets through.
+    """Refuse what the parser lets through: no options where options belong, and null where a value is needed.
 
     Raises:
         ValueError: Such a value.
@@ -158,6 +159,9 @@ def require_groups(config: Namespace) -> None:
             raise ValueError(
                 f"needed options under {name!r}, got {config.get(name)!r}; leave the key out for the defaults."
             )
+    for name, option in signature(VAE).parameters.items():
+        if option.default is not None and config.model.get(name, option.default) is None:
+            raise ValueError(f"needed a value of 'model.{name}', got null; leave the key out for {option.default!r}.")
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Any]:
