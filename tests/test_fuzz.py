@@ -14,7 +14,6 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import stochastic_layers as sl
 from lightning_modules import VAE
@@ -290,12 +289,6 @@ def test_configurations(cases, seed, parser, tmp_path, monkeypatch):
             return
         parsed += 1
         require_groups(namespace)
-        if namespace.model.likelihood == "auto":
-            namespace.model.likelihood = "bernoulli"
-        try:
-            parser.instantiate_classes(namespace)
-        except MisconfigurationException as error:  # Lightning's word for a bad option of its Trainer
-            assert len(str(error)) > 10
 
     fuzz(check, configurations(), cases, seed)
     assert parsed
