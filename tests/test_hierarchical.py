@@ -201,7 +201,9 @@ def test_training_logs_the_keys_of_a_vae_and_the_variance_of_every_layer(tmp_pat
     parts = metrics["train/grad_variance/1"] + metrics["train/grad_variance/2"]
     torch.testing.assert_close(metrics["train/grad_variance"], parts)
     trainer.test(model, Digits(batch_size=32, binarization="dynamic"), verbose=False)
-    assert set(trainer.callback_metrics) == {f"test/{n}" for n in ("elbo", "kl", "reconstruction", "iwae")}
+    assert set(trainer.callback_metrics) == {
+        f"test/{n}" for n in ("elbo", "kl", "reconstruction", "iwae", "active_units")
+    }
 
 
 def test_checkpoint_restores_a_hierarchy_of_names_and_asks_for_objects(tmp_path):
