@@ -37,7 +37,9 @@ def image_grid(
     places[:n, :, :h, :w] = images
     # [height, columns, c, h, w] -> [height * h, columns * w, c], with the gap to the right of each group of columns
     picture = places.view(height, columns, c, h + 1, w + 1).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    parts = [torch.nn.functional.pad(part, (0, 0, 0, gap), value=1.0) for part in picture.split(group * (w + 1), 1)]
+    parts = [
+        torch.nn.functional.pad(part, (0, 0, 0, gap), value=1.0) for part in torch.split(picture, group * (w + 1), 1)
+    ]
     canvas = torch.cat(parts, 1)[:, :-gap]
     margin = 0.5 if rows else 0.0
     width = 0.6 * canvas.shape[1] / (w + 1) + margin
@@ -107,6 +109,7 @@ def latent_units(variances: Tensor, threshold: float, kl: Tensor | None, active:
     _bars(panels[1], variances.clamp_min(1e-6).sort(descending=True).values, DARK)
     panels[1].set(yscale="log", xlabel="unit, sorted", title=f"variance of posterior mean, {number} active")
     panels[1].set_ylim(1e-6, max(2 * float(variances.max()), 10 * threshold))
+    panels[1].minorticks_off()  # half of the time that the figure takes
     panels[1].axhline(threshold, color=BRIGHT, linewidth=1, linestyle="--")
     if active:
         steps, values = zip(*active, strict=True)
