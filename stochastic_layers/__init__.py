@@ -7,17 +7,14 @@ from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
 from stochastic_layers.coupled_categorical import ARSM, CARMS
 from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
+from stochastic_layers.finite_scalar import FiniteScalarPerturbation, FiniteScalarQuantizer
 from stochastic_layers.flows import Flow
-from stochastic_layers.gumbel_straight_through import (
-    GappedStraightThrough,
-    GumbelRao,
-    ReinMaxRao,
-    StraightThroughGumbel,
-)
+from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
 from stochastic_layers.hard_concrete import HardConcrete
 from stochastic_layers.invertible_gaussian import InvertibleGaussian
 from stochastic_layers.layer import Sample, StochasticLayer
-from stochastic_layers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from stochastic_layers.learned_quantizers import DiVeQ, SimVQ
+from stochastic_layers.lookup_free import BinarySphericalQuantizer, LookupFreeQuantizer
 from stochastic_layers.measure_valued import MeasureValued
 from stochastic_layers.pathwise import Antithetic, Gaussian, Pathwise, QuasiMonteCarlo
 from stochastic_layers.poisson import Poisson, PoissonStraightThrough
@@ -25,6 +22,7 @@ from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, 
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
 from stochastic_layers.rebar import Rebar, Relax
 from stochastic_layers.registry import Description, create, describe, list_layers, register
+from stochastic_layers.reinmax import ReinMaxCV, ReinMaxRao
 from stochastic_layers.relaxed import EntmaxGumbel, GumbelSoftmax
 from stochastic_layers.rodeo import Rodeo
 from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce
@@ -41,16 +39,19 @@ __all__ = [
     "NVIL",
     "Antithetic",
     "Baseline",
+    "BinarySphericalQuantizer",
     "ChannelsFirst",
     "CoordinateFlip",
     "DecoupledStraightThrough",
     "Description",
+    "DiVeQ",
     "Dice",
     "DisARM",
     "DisARMTree",
     "DoubleControlVariate",
     "EntmaxGumbel",
     "Enumeration",
+    "FiniteScalarPerturbation",
     "FiniteScalarQuantizer",
     "Flow",
     "GappedStraightThrough",
@@ -73,6 +74,7 @@ __all__ = [
     "QuasiMonteCarlo",
     "Rebar",
     "ReinMax",
+    "ReinMaxCV",
     "ReinMaxRao",
     "Reinforce",
     "Relax",
@@ -80,6 +82,7 @@ __all__ = [
     "Rodeo",
     "RotationTrick",
     "Sample",
+    "SimVQ",
     "SparsemaxMarginalization",
     "StochasticLayer",
     "StraightThrough",
