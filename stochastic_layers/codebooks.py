@@ -77,7 +77,10 @@ def _check_rates(decay: float, revive_below: float) -> None:
 
 
 class LearnedCodebook(NearestCodes):
-    """Code vectors that are parameters, trained by the gradient of the cost; start and revival as in :class:`Codebook`.
+    """Code vectors trained by the gradient of the cost; start and revival as in :class:`Codebook`.
+
+    A code is an anchor, a buffer that k-means and revival set, plus a shift, the parameter: what a forward pass changes
+    is in buffers, which diagnostics put back, and parameters change in the optimizer alone.
 
     Args:
         code_dim: Size D of a code vector.
@@ -89,6 +92,7 @@ class LearnedCodebook(NearestCodes):
         ValueError: An option is out of range.
     """
 
+    anchors: Tensor
     counts: Tensor
     initialized: Tensor
 
@@ -96,23 +100,26 @@ class LearnedCodebook(NearestCodes):
         super().__init__(code_dim, num_codes)
         _check_rates(decay, revive_below)
         self.decay, self.revive_below = decay, revive_below
-        self.vectors = nn.Parameter(torch.randn(num_codes, code_dim))
+        self.shift = nn.Parameter(torch.zeros(num_codes, code_dim))
+        self.register_buffer("anchors", torch.randn(num_codes, code_dim))
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("initialized", torch.zeros(1, dtype=torch.bool))
 
     def table(self) -> Tensor:
-        return self.vectors
+        return self.anchors + self.shift
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """k-means on the first batch ``[N, D]``; later calls return at once."""
-        _initialize(self.vectors, self.counts, torch.zeros_like(self.vectors), self.initialized, x.detach())
+        _initialize(self.anchors, self.counts, torch.zeros_like(self.anchors), self.initialized, x.detach())
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor) -> None:
         """Moving averages of the counts of ``indices [N]``, then revival of dead codes by rows of ``x [N, D]``."""
-        scratch, rates = torch.zeros_like(self.vectors), (self.decay, self.revive_below)
-        _update(self.vectors, self.counts, scratch, self.initialized, x.detach(), indices, *rates, False)
+        before, rates = self.table(), (self.decay, self.revive_below)
+        after = before.clone()
+        _update(after, self.counts, torch.zeros_like(before), self.initialized, x.detach(), indices, *rates, False)
+        self.anchors.copy_(torch.where(after != before, after - self.shift, self.anchors))
 
 
 class Codebook(NearestCodes):

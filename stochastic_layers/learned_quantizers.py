@@ -81,7 +81,7 @@ class DiVeQ(QuantizedLayer):
     without any auxiliary loss. Here the value of z is the code itself (the limit :math:`\sigma \to 0`), so that
     training and evaluation see the same codes; the noise is in the gradient alone.
 
-    The codes are parameters; k-means on the first batch starts them, and dead ones are replaced as in ``vq``.
+    k-means on the first batch starts the codes, and dead ones are replaced as in ``vq``.
 
     Args:
         latent_dim: Number of code vectors of one example.
@@ -104,7 +104,7 @@ class DiVeQ(QuantizedLayer):
         >>> layer = sl.create("diveq", latent_dim=3, code_dim=8, num_codes=16)
         >>> sample = layer.sample(torch.randn(50, 24))
         >>> sample.surrogate(sample.z.sum(-1)).mean().backward()
-        >>> bool(layer.codes.vectors.grad.any())
+        >>> bool(layer.codes.shift.grad.any())
         True
     """
 
