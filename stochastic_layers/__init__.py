@@ -1,9 +1,10 @@
 """Drop-in sampling layers for PyTorch: swap the gradient estimator by changing one word."""
 
 from stochastic_layers.adapters import ChannelsFirst
+from stochastic_layers.arms import ARMS
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
 from stochastic_layers.control_variates import NVIL, MuProp
-from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
+from stochastic_layers.coupled import ARM, DisARM, DisARMTree
 from stochastic_layers.coupled_categorical import ARSM, CARMS
 from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
