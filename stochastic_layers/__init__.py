@@ -21,9 +21,10 @@ from stochastic_layers.pathwise import Antithetic, Gaussian, Pathwise, QuasiMont
 from stochastic_layers.poisson import Poisson, PoissonStraightThrough
 from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, VectorQuantizer
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
-from stochastic_layers.rebar import Rebar, Relax
+from stochastic_layers.rebar import Rebar
 from stochastic_layers.registry import Description, create, describe, list_layers, register
 from stochastic_layers.reinmax import ReinMaxCV, ReinMaxRao
+from stochastic_layers.relax import Relax
 from stochastic_layers.relaxed import EntmaxGumbel, GumbelSoftmax
 from stochastic_layers.rodeo import Rodeo
 from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce

@@ -131,8 +131,8 @@ class StochasticLayer(nn.Module, ABC):
     name: ClassVar[str] = ""
     families: ClassVar[tuple[str, ...]]
     unbiased: ClassVar[bool | str]
-    needs: ClassVar[tuple[str, ...]]
-    evaluations: ClassVar[int | str] = "num_samples"
+    needs: tuple[str, ...]  # this and the next: of the default options; an option may set others on the instance
+    evaluations: int | str = "num_samples"
     exact_draws: ClassVar[bool] = True
     # Whether, in training, the S points are independent draws of q of equal weight: objectives with a gradient of their
     # own rely on it. Layers that couple, enumerate, weight or relax their points leave it False.

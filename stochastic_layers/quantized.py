@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ class QuantizedLayer(StochasticLayer):
     default_latent_dim = 4
     families = ("quantized",)
     unbiased = False
-    needs: ClassVar[tuple[str, ...]] = ("cost_gradient",)
+    needs: tuple[str, ...] = ("cost_gradient",)
     evaluations = 1
 
     def __init__(self, latent_dim: int, codes: Codes, *, family: str, commitment_weight: float = 0.0) -> None:
