@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.quadrature import gauss_legendre
 from stochastic_layers.registry import register
 
 __all__ = ["ARMS", "copula_bits", "gaussian_copula_bits", "gaussian_independence_ratio", "independence_ratio"]
@@ -17,15 +18,7 @@ __all__ = ["ARMS", "copula_bits", "gaussian_copula_bits", "gaussian_independence
 TAIL = 8.0  # beyond so many standard deviations two antithetic draws are never both in the tail: P < 1e-50
 
 
-def _gauss_legendre(count: int) -> tuple[list[float], list[float]]:
-    """Nodes and weights of the Gauss-Legendre rule on (0, 1), from the eigenvalues of its Jacobi matrix."""
-    k = torch.arange(1, count, dtype=torch.float64)
-    off = k / (4 * k.square() - 1).sqrt()
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (0.5 + 0.5 * values).tolist(), vectors[0].square().tolist()
-
-
-NODES, WEIGHTS = _gauss_legendre(32)
+NODES, WEIGHTS = (values.tolist() for values in gauss_legendre(32))
 
 
 def copula_bits(logits: Tensor, num_samples: int) -> Tensor:

@@ -157,6 +157,10 @@ class QuantizedFamily(Family):
     def mode(self, q: Distribution) -> Tensor:
         return q.mode
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        z = q.mode.unsqueeze(0)  # all mass on one code
+        return z, torch.ones_like(z[..., 0])
+
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         result: Tensor = q.log_prob(z)
         return result
