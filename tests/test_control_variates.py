@@ -29,6 +29,7 @@ CASES = [
     ("double_cv", {**CATEGORIES, "num_samples": 3}),
     ("rodeo", {**BITS, **SMALL}),
     ("rodeo", {**BITS, **SMALL, "num_samples": 3}),
+    ("rodeo", {**BITS, **SMALL, "taylor": False}),
 ]
 DISCRETE = [case for case in CASES if case[1].get("family") != "gaussian"]
 MAIN = [
