@@ -13,6 +13,7 @@ from lightning_modules.likelihoods import (
 from lightning_modules.multi_sample import IWAE, RWS, TVO, Renyi
 from lightning_modules.objectives import ELBO, Objective, Terms
 from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
+from lightning_modules.scoring import LayerScore, LayerScores, score_layers
 from lightning_modules.vae import VAE
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "HierarchicalVAE",
+    "LayerScore",
+    "LayerScores",
     "LearnedPrior",
     "Likelihood",
     "Objective",
@@ -37,4 +40,5 @@ __all__ = [
     "StandardPrior",
     "StochasticClassifier",
     "Terms",
+    "score_layers",
 ]
