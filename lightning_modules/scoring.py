@@ -134,7 +134,8 @@ def score_layers(
         x: Data ``[B, *data_shape]``; a handful of examples is enough.
         layers: Registered names or layers; or a mapping from names of your choice to a registered name, a layer, or the
             options of one, ``{"name": ..., **options}``, where ``"name"`` may be left out if the key is registered. By
-            default every registered layer of the same family. Sizes and family are those of the model.
+            default the model's own layer as it is, and every other registered layer of the same family. Sizes and
+            family are those of the model.
         num_draws: Number of redraws for each layer, at least 2.
         reference: See :func:`~stochastic_layers.diagnostics.gradient_statistics`.
         reference_draws: See :func:`~stochastic_layers.diagnostics.gradient_statistics`.
@@ -250,7 +251,7 @@ class _Frozen:
 
 def _specs(layers: Layers | None, own: StochasticLayer) -> dict[str, str | StochasticLayer | Mapping[str, Any]]:
     if layers is None:
-        layers = sl.list_layers(family=own.family.name)
+        return {name: own if name == own.name else name for name in sl.list_layers(family=own.family.name)}
     if isinstance(layers, str):
         raise ValueError(f"needed a list of layers, or a mapping from names to layers, got {layers!r}.")
     if isinstance(layers, Mapping):
