@@ -1,7 +1,8 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
-from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
+from lightning_modules.callbacks import GradientVarianceMonitor, Pictures, Report, ReproducibleNoise
 from lightning_modules.classifier import StochasticClassifier
+from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
     BernoulliLikelihood,
@@ -26,6 +27,8 @@ __all__ = [
     "CategoricalLikelihood",
     "DiscretizedLogistic",
     "GaussianLikelihood",
+    "GradientMoments",
+    "GradientVarianceMonitor",
     "HierarchicalVAE",
     "LayerScore",
     "LayerScores",
