@@ -155,10 +155,14 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
         terms = self.terms(x)
         loss = self.loss(terms)
         if self._logging_is_due:
-            self._log_bound("train", terms, len(x))
-            if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
-                self._log_all("train", {self.objective.name: -loss.detach().mean()}, len(x))
+            self._log_training(terms, loss, len(x))
         return loss.mean()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # Lightning's log inspects its caller: not traceable
+    def _log_training(self, terms: _Terms, loss: Tensor, batch_size: int) -> None:
+        self._log_bound("train", terms, batch_size)
+        if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
+            self._log_all("train", {self.objective.name: -loss.detach().mean()}, batch_size)
 
     @property
     def _logging_is_due(self) -> bool:

@@ -37,7 +37,8 @@ def probe_params(model: LatentVariableModel[Any], x: Tensor, num_draws: int) -> 
     with _measuring(model, num_draws), torch.no_grad():
         params = model.encode(x)
         for one in _redrawn(model, x, params, num_draws):
-            passes.append([g.movedim(d, 0).double().unflatten(0, (one.draws, len(x))) for g, d in one.gradients])
+            rows = [g.movedim(d, 0).double() for g, d in one.gradients]  # [draws * B, ...]
+            passes.append([g.reshape(one.draws, len(x), *g.shape[1:]) for g in rows])
     return _statistics(passes)
 
 

@@ -150,7 +150,7 @@ class GradientVarianceMonitor(Callback):
         found, _ = layer_statistics(
             model, x, self.basket, num_draws=self.num_draws, reference=None, chunk_size=PROBE_CHUNK
         )
-        values = {}
+        values: dict[str, float] = {}
         for name, (_, statistics) in found.items():
             one = _summary("grad", [_at_params(trainer, statistics)])
             values |= {f"{key}/{name}": value for key, value in one.items()}
