@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_modules.base import LatentVariableModel, data_of, log_interval
 from lightning_modules.data.binarize import mix64
 from lightning_modules.gradient_moments import GradientMoments
+from lightning_modules.noise import seed_generators
 from lightning_modules.probe import PROBE_CHUNK, probe_params, probe_weights
 from lightning_modules.scoring import Layers, layer_statistics
 from lightning_modules.vae import VAE
@@ -142,7 +143,7 @@ class GradientVarianceMonitor(Callback):
     def _own_noise(self, trainer: Trainer, model: LightningModule) -> Iterator[None]:
         seed = mix64(int(os.environ.get("PL_GLOBAL_SEED", 0)), trainer.global_rank, trainer.global_step)
         with preserved(model, devices=[model.device]):
-            torch.manual_seed(seed)
+            seed_generators(seed, model.device)
             yield
 
     def _scored(self, trainer: Trainer, model: VAE, x: Tensor) -> dict[str, float]:
