@@ -83,7 +83,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     estimated on the draws.
 
     Logs the keys of :class:`VAE`; ``train/grad_variance`` is the sum over the layers, ``train/grad_variance/<l>`` (from
-    1, at the data) that of one layer. For l > 1 it includes the variation of the draws below, from which its params are
+    1, at the data) that of one layer, and likewise ``train/grad_snr``. For l > 1 it includes the variation of the draws below, from which its params are
     computed.
 
     Args:

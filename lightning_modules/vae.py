@@ -30,9 +30,9 @@ class VAE(LatentVariableModel[Terms]):
     ``<stage>/kl``, ``<stage>/reconstruction`` (:math:`E_q \log p(x \mid z)`), ``<stage>/iwae`` where asked, and
     ``train/grad_variance`` and ``train/grad_snr``: total variance and signal-to-noise ratio of the gradient of the
     objective (all its terms) with respect to the layer's params, at fixed params and data, per example
-    (:class:`~stochastic_layers.diagnostics.GradientStatistics`). An objective other than the ELBO also logs its own
-    value under its own name (``train/iwae``, ``train/tvo``, ...). Training values are those of the batch at every
-    ``log_every_n_steps``.
+    (:class:`~stochastic_layers.diagnostics.GradientStatistics`), by the :class:`GradientVarianceMonitor` that the model
+    has unless the Trainer was given one. An objective other than the ELBO also logs its own value under its own name
+    (``train/iwae``, ``train/tvo``, ...). Training values are those of the batch at every ``log_every_n_steps``.
 
     Every argument that names a part takes a name, a mapping ``{"name": ..., **options}``, or an object. Objects are not
     kept in checkpoints: pass them again to ``load_from_checkpoint``.
