@@ -83,8 +83,8 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     estimated on the draws.
 
     Logs the keys of :class:`VAE`; ``train/grad_variance`` is the sum over the layers, ``train/grad_variance/<l>`` (from
-    1, at the data) that of one layer, and likewise ``train/grad_snr``. For l > 1 it includes the variation of the draws below, from which its params are
-    computed.
+    1, at the data) that of one layer, and likewise ``train/grad_snr``. For l > 1 it includes the variation of the draws
+    below, from which its params are computed.
 
     Args:
         layers: From the data upwards: names of layers, mappings ``{"name": ..., **options}``, or layers.
