@@ -94,17 +94,23 @@ def main() -> None:
     """Measure every pair of model and monitor, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15, help="pairs of cycles for each case")
+    parser.add_argument("--monitors", nargs="+", choices=MONITORS, default=list(MONITORS), help="which to measure")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for title, options in MONITORS.items():
+    rows: list[dict[str, Any]] = []
+    for title in arguments.monitors:
         for name, model in MODELS.items():
-            found = measure(model, options, arguments.pairs)
+            found = measure(model, MONITORS[title], arguments.pairs)
             rows.append({"model": name, "monitor": title, **found})
             print(f"{name:20s} {title:22s} {found['median']:.3f} [{found['q1']:.3f}, {found['q3']:.3f}]", flush=True)
+            write(rows, arguments.out)  # after every case, so that none is lost
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """The result as JSON, all of it or nothing."""
     document = {
-        "question": "time of training with a monitor over that without, process time, both in one run",
+        "question": "time of training steps with a monitor over that without, process time, both in one run",
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -115,10 +121,10 @@ def main() -> None:
         },
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, arguments.out)
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
