@@ -1,6 +1,13 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
-from lightning_modules.callbacks import GradientVarianceMonitor, Pictures, Report, ReproducibleNoise
+from lightning_modules.callbacks import (
+    CollapseWarning,
+    GradientVarianceMonitor,
+    Pictures,
+    Report,
+    ReproducibleNoise,
+    TemperatureSchedule,
+)
 from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.hierarchical import HierarchicalVAE
@@ -25,6 +32,7 @@ __all__ = [
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
+    "CollapseWarning",
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "GradientMoments",
@@ -42,6 +50,7 @@ __all__ = [
     "ReproducibleNoise",
     "StandardPrior",
     "StochasticClassifier",
+    "TemperatureSchedule",
     "Terms",
     "score_layers",
 ]
