@@ -181,11 +181,11 @@ class NVIL(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.family.distribution(params)
-        z = self.family.sample(q, self.num_samples)
+        z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
         context = (params if context is None else context).detach()
 
         def credit(cost: Tensor) -> Tensor:
-            log_prob = sum_rightmost(self.family.log_prob(q, z), cost.dim())  # [S, *lead]
+            log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
             cost = cost.detach()
             prediction = cost.new_zeros(()) if self.baseline is None else self.baseline(cost, context)
             residual = cost - prediction.detach()
@@ -197,7 +197,7 @@ class NVIL(StochasticLayer):
                 term = term + 0.5 * ((prediction + center - cost).square() / scale).mean(0)
             return term
 
-        return self._sample(q, z, credit=credit)
+        return self._sample(q, z, credit=credit, log_density=log_density)
 
 
 @register("muprop")

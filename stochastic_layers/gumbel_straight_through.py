@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from stochastic_layers.auxiliary import with_value
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
+from stochastic_layers.noise import log_exponential
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
@@ -235,11 +237,10 @@ def conditional_gumbel(log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor
 
     The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it.
     """
-    log_exponential = torch.empty(count, *one_hot.shape, dtype=one_hot.dtype, device=one_hot.device)
-    log_exponential.exponential_().log_()
+    noise = log_exponential((count, *one_hot.shape), one_hot)
     index = one_hot.argmax(-1, keepdim=True).expand(count, *one_hot.shape[:-1], 1)
-    largest = log_exponential.gather(-1, index)
-    return torch.logaddexp(log_exponential - log_probs, largest).scatter_(-1, index, largest).neg_()
+    largest = noise.gather(-1, index)
+    return torch.logaddexp(noise - log_probs, largest).scatter_(-1, index, largest).neg_()
 
 
 def conditional_logistic(logits: Tensor, bits: Tensor, count: int) -> Tensor:
@@ -327,7 +328,7 @@ class GappedStraightThrough(TemperedLayer):
         else:  # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
             sign = 2 * hard - 1
             soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
-        return self._sample(q, hard + (soft - soft.detach()))
+        return self._sample(q, with_value(hard, soft))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gap={self.gap:g}"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from stochastic_layers.auxiliary import with_value
 from stochastic_layers.codes import GridCodes, SignCodes
 from stochastic_layers.quantized import QuantizedLayer, check_weight
 from stochastic_layers.registry import register
@@ -60,7 +61,7 @@ class FiniteScalarQuantizer(QuantizedLayer):
     def pass_gradient(self, x: Tensor, hard: Tensor) -> Tensor:
         assert isinstance(self.codes, GridCodes)
         soft = self.codes.soften(x)
-        return hard + (soft - soft.detach())
+        return with_value(hard, soft)
 
 
 @register("lfq")

@@ -7,7 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from stochastic_layers.families import CategoricalFamily, draw_categorical
+from stochastic_layers.categorical import draw_categorical
+from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
 
