@@ -30,6 +30,8 @@ def with_value(hard: Tensor, soft: Tensor) -> Tensor:
     """
     if soft.dim() < hard.dim():
         soft = soft.unsqueeze(0)  # for S = 1 nothing is left to expand, and backward to sum
+    if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
+        return hard + (soft - soft.detach())
     result: Tensor = _WithValue.apply(soft.expand_as(hard), hard)  # type: ignore[no-untyped-call]
     return result
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_layers.baselines import RunningMean, create_baseline
+from stochastic_layers.categorical import softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
@@ -20,7 +21,7 @@ def mean_point(family: Family, params: Tensor) -> Tensor:
     """E_q[z] ``[*batch, out_features]`` of a discrete family, detached: the probabilities."""
     params = params.detach()
     if isinstance(family, CategoricalFamily):
-        return family.unflatten(params).softmax(-1).flatten(-2)
+        return softmax(family.unflatten(params)).flatten(-2)
     return torch.sigmoid(params)
 
 

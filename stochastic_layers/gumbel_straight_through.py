@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stochastic_layers.auxiliary import with_value
+from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import log_exponential
@@ -142,7 +143,7 @@ class GumbelRao(TemperedLayer):
         zero = params - params.detach()  # value zero, gradient that of the logits
         if isinstance(self.family, CategoricalFamily):
             one_hot = self.family.unflatten(hard)
-            log_probs = self.family.unflatten(params.detach()).log_softmax(-1)
+            log_probs = log_softmax(self.family.unflatten(params.detach()))
             step = self._category_step(log_probs, one_hot, self.family.unflatten(zero)).flatten(-2)
         else:
             step = self._bit_slope(params.detach(), hard) * zero
@@ -159,7 +160,7 @@ class GumbelRao(TemperedLayer):
 
     def _points(self, log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
         """Relaxed draws given z ``[count, S, *batch, L, C]`` at which the Jacobian of the softmax is taken."""
-        return conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)).softmax(-1)
+        return softmax(conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)))
 
     def _mean_jacobian(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
         """Mean over the redraws of J at their points, applied to zero."""
@@ -324,7 +325,7 @@ class GappedStraightThrough(TemperedLayer):
             logits, one_hot = self.family.unflatten(params.detach()), self.family.unflatten(hard)
             top = logits.amax(-1, keepdim=True)
             moved = torch.where(one_hot > 0, top, torch.minimum(logits, top - self.gap))
-            soft = ((moved + self.family.unflatten(zero)) / temperature).softmax(-1).flatten(-2)
+            soft = softmax((moved + self.family.unflatten(zero)) / temperature).flatten(-2)
         else:  # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
             sign = 2 * hard - 1
             soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()

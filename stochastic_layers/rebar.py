@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.control_variates import (
     CostMoments,
     RelativeVariance,
@@ -40,7 +41,7 @@ def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Te
     params = params.detach()
     shape = (2, num_samples, *params.shape)
     if isinstance(family, CategoricalFamily):
-        logits = family.unflatten(params).log_softmax(-1)
+        logits = log_softmax(family.unflatten(params))
         noise = family.unflatten(log_exponential(shape, params))
         scores = logits - noise[0]  # plus Gumbel noise
         hard = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
@@ -62,7 +63,7 @@ def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Te
 def relax(family: Family, scores: Tensor, temperature: Tensor) -> Tensor:
     """Points inside the cube or the simplex: the tempered sigmoid or softmax of perturbed logits."""
     if isinstance(family, CategoricalFamily):
-        return family.unflatten(scores / temperature).softmax(-1).flatten(-2)
+        return softmax(family.unflatten(scores / temperature)).flatten(-2)
     return torch.sigmoid(scores / temperature)
 
 

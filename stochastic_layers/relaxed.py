@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_layers.auxiliary import with_value
-from stochastic_layers.categorical import one_hot
+from stochastic_layers.categorical import one_hot, softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.noise import log_exponential, logistic
@@ -161,7 +161,7 @@ class GumbelSoftmax(TemperedLayer):
         # hard draws come from the scores and not from the soft draw, whose largest entries may tie after rounding
         if isinstance(self.family, CategoricalFamily):
             hard = one_hot(scores.detach().argmax(-1, keepdim=True), scores).flatten(-2) if self.hard else None
-            z = self._tempered(scores).softmax(-1).flatten(-2)
+            z = softmax(self._tempered(scores)).flatten(-2)
         else:
             hard = (scores.detach() > 0).to(scores.dtype) if self.hard else None
             z = self._tempered(scores).sigmoid()

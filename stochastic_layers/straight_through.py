@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from stochastic_layers.auxiliary import with_value
-from stochastic_layers.categorical import draw_index, one_hot
+from stochastic_layers.categorical import draw_index, one_hot, softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
@@ -21,7 +21,7 @@ __all__ = ["DecoupledStraightThrough", "ReinMax", "StraightThrough", "probabilit
 def probabilities(family: Family, logits: Tensor) -> Tensor:
     """Sigmoid of the logits of bits, softmax of those of categories; ``[..., out_features]``."""
     if isinstance(family, CategoricalFamily):
-        return family.unflatten(logits).softmax(-1).flatten(-2)
+        return softmax(family.unflatten(logits)).flatten(-2)
     return torch.sigmoid(logits)
 
 
@@ -156,25 +156,19 @@ class DecoupledStraightThrough(TemperedLayer):
 
 
 class _Heun(torch.autograd.Function):
-    """One-hot draws with the gradient ``2 J((p_tau + z) / 2) - J(p) / 2`` of the logits, which counts as a constant."""
+    """One-hot draws with the gradient ``2 J((p + z) / 2) - J(p) / 2`` of the logits, which counts as a constant."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, probs: Tensor, tempered: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(probs, tempered, index)
-        ctx.plain = tempered is probs
+    def forward(ctx: Any, logits: Tensor, probs: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(probs, index)
         return one_hot(index, probs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probs, tempered, index = ctx.saved_tensors
-        at_draw = grad.gather(-1, index)  # z' g
-        if ctx.plain:  # the terms in p'g cancel
-            slope = (grad - at_draw).mul_(probs).mul_(0.5)
-            return slope.scatter_add_(-1, index, -slope.sum(-1, keepdim=True)), None, None, None
-        slope = tempered * grad
-        middle = (slope.sum(-1, keepdim=True) + at_draw) / 2
-        slope = slope - middle * tempered - 0.5 * probs * (grad - (probs * grad).sum(-1, keepdim=True))
-        return slope.scatter_add_(-1, index, at_draw - middle), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        probs, index = ctx.saved_tensors
+        # times g it is (p (g - z'g) + z (z'g - p'g)) / 2: few passes, since the terms in p p'g cancel
+        slope = (grad - grad.gather(-1, index)).mul_(probs).mul_(0.5)
+        return slope.scatter_add_(-1, index, -slope.sum(-1, keepdim=True)), None, None
 
 
 @register("reinmax")
@@ -239,16 +233,22 @@ class ReinMax(TemperedLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q, temperature = self.law(params), self.temperature.to(params.dtype)
-        probs, scores = q.mean.detach(), params.detach()
-        # reading the temperature would wait for a GPU, and cannot be done in a graph: there the softmax is taken twice
-        plain = params.device.type == "cpu" and not torch.compiler.is_compiling() and bool(temperature == 1)
-        if isinstance(self.family, CategoricalFamily):
+        # reading the temperature would wait for a GPU, and cannot be done in a graph
+        simple = params.device.type == "cpu" and not torch.compiler.is_compiling() and bool(temperature == 1)
+        if simple and isinstance(self.family, CategoricalFamily):
+            probs = q.mean.detach()
             index = draw_index(probs, self.num_samples)
-            middle = probs if plain else self.family.unflatten(scores / temperature).softmax(-1)
             logits = self.family.unflatten(params).expand(index.shape[:-1] + probs.shape[-1:])
-            z: Tensor = _Heun.apply(logits, probs, middle, index)  # type: ignore[no-untyped-call]
+            z: Tensor = _Heun.apply(logits, probs, index)  # type: ignore[no-untyped-call]
             return self._sample(q, z.flatten(-2))
         hard = self.family.sample(q, self.num_samples)
-        twice = hard + (probs if plain else torch.sigmoid(scores / temperature))
-        slope = twice * (1 - 0.5 * twice) - 0.5 * probs * (1 - probs)  # 2 m (1 - m) - p (1 - p) / 2
-        return self._sample(q, with_value(hard, slope * params))
+        probs = q.mean.flatten(params.dim() - 1)
+        # 2 J(m) = 2 diag(m) - 2 m m' applied to a zero that carries the gradient of the logits; m = middle / 2
+        middle = hard + probabilities(self.family, params.detach() / temperature)
+        zero = params - params.detach()
+        if isinstance(self.family, CategoricalFamily):
+            middle, zero = self.family.unflatten(middle), self.family.unflatten(zero)
+            heun = (middle * (zero - 0.5 * (middle * zero).sum(-1, keepdim=True))).flatten(-2)
+        else:
+            heun = middle * (1 - 0.5 * middle) * zero
+        return self._sample(q, with_value(hard, heun - 0.5 * probs))
