@@ -70,11 +70,10 @@ def categorical(logits: Tensor, upstream: Tensor, cost: Tensor) -> dict[str, dic
         def work() -> None:
             logits.grad = None
             storch.reset()
-            batched = storch.denote_independent(storch.denote_independent(logits, 0, "batch"), 0, "latent")
+            batched = storch.denote_independent(logits, 0, "batch")
+            slope = storch.denote_independent(upstream, 0, "batch")
             z = method(torch.distributions.OneHotCategorical(logits=batched, validate_args=False))
-            slope = storch.denote_independent(storch.denote_independent(upstream, 0, "batch"), 0, "latent")
-            value = (z.detach() * slope).sum(-1) if score else (z * slope).sum(-1)
-            storch.add_cost(value, "cost")
+            storch.add_cost(((z.detach() if score else z) * slope).sum(-1).sum(-1), "cost")
             storch.backward()
 
         return work
