@@ -60,7 +60,7 @@ class Row:
 
 
 def clock(device: str = "cpu") -> float:
-    """Seconds: of this process's own work on a CPU, which other jobs disturb less than the wall clock; wall on a GPU."""
+    """Seconds: of this process's own work on a CPU, which other jobs disturb less than the wall's; wall on a GPU."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()

@@ -75,7 +75,9 @@ def _bars(groups: Mapping[str, list[Row]]) -> Any:
     figure, axis = plt.subplots(figsize=(8, 0.2 * count + 1), layout="constrained")
     labels, places, place = [], [], 0
     for group, rows in groups.items():
-        axis.text(0, place - 0.1, f" {group}", fontsize=7, weight="bold", va="center", transform=_left(axis))
+        axis.text(
+            0, place - 0.1, f" {group}", fontsize=7, weight="bold", va="center", transform=axis.get_yaxis_transform()
+        )
         place += 1
         for row in rows:
             if row.reference and row.name != row.reference and row.ratio is not None:
@@ -100,10 +102,6 @@ def _bars(groups: Mapping[str, list[Row]]) -> Any:
         axis.axvline(1, color="black", lw=0.8)
     axis.grid(axis="x", alpha=0.3)
     return figure
-
-
-def _left(axis: Any) -> Any:
-    return axis.get_yaxis_transform()
 
 
 def _quantity(value: float, unit: str) -> str:
@@ -136,14 +134,12 @@ def section(document: Mapping[str, Any]) -> str:
     """The part of the page that shows one result."""
     name, env = document["benchmark"], document["environment"]
     lines = [f"## {name}", "", document["question"], "", f"![{name}]({name}.png)", ""]
+    versions = [f"{package} {version}" for package, version in env["versions"].items() if version != "not installed"]
     lines += [
-        f"`{document['command']}`, {env['time']}, commit `{env['commit'][:10]}`{' with changes' if env['changed'] else ''}, "
-        f"{env['device'] if env['device'] != 'cpu' else env['processor']}, {env['threads']} of {env['cores']} cores, load "
-        f"{env['load']} at the end, Python {env['python']}, "
-        + ", ".join(
-            f"{package} {version}" for package, version in env["versions"].items() if version != "not installed"
-        )
-        + ".",
+        f"`{document['command']}`, {env['time']}, commit `{env['commit'][:10]}`"
+        + (" with changes" if env["changed"] else "")
+        + f", {env['processor'] if env['device'] == 'cpu' else env['device']}, {env['threads']} of {env['cores']} cores"
+        + f", load {env['load']} at the end, Python {env['python']}, {', '.join(versions)}.",
         "",
     ]
     text = reading(document)

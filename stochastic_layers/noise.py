@@ -14,6 +14,8 @@ def _odd_integers(shape: Sequence[int], like: Tensor) -> tuple[Tensor, int]:
     """Odd integers, uniform below ``2 ** bits``, and that number of bits."""
     dtype = torch.int64 if like.dtype == torch.float64 else torch.int32
     bits = torch.iinfo(dtype).bits - 1
+    if torch.compiler.is_compiling():  # random_(), which is the faster, cannot be traced
+        return torch.randint(2**bits - 1, tuple(shape), dtype=dtype, device=like.device) | 1, bits
     return torch.empty(tuple(shape), dtype=dtype, device=like.device).random_().bitwise_or_(1), bits
 
 
