@@ -1,6 +1,6 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
-from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
+from lightning_modules.callbacks import CollapseWarning, Pictures, Report, ReproducibleNoise, TemperatureSchedule
 from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
@@ -23,6 +23,7 @@ __all__ = [
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
+    "CollapseWarning",
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "HierarchicalVAE",
@@ -36,5 +37,6 @@ __all__ = [
     "ReproducibleNoise",
     "StandardPrior",
     "StochasticClassifier",
+    "TemperatureSchedule",
     "Terms",
 ]
