@@ -68,7 +68,10 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
     rows = next((n for n in range(rows, rows // 4, -1) if count % n == 0), rows)
     if count % rows:
         probs = torch.nn.functional.pad(probs, (0, -count % rows))
-    blocks = probs.unflatten(-1, (rows, -1))  # [..., rows, columns]; a block is a column, which is added fastest
+    # [..., rows, columns]; a block is a column, which is added fastest
+    blocks = probs.reshape(*probs.shape[:-1], rows, probs.shape[-1] // rows)
+        *probs.shape[:-1], rows, probs.shape[-1] // rows
+    )  # [..., rows, columns]; a block is a column, which is added fastest
     column = _invert(blocks.sum(-2), num_samples)  # [..., S]
     wide = column.unsqueeze(-2).expand(*column.shape[:-1], rows, num_samples)
     row = _invert(blocks.gather(-1, wide).transpose(-1, -2), 1)  # [..., S, 1]
@@ -81,13 +84,34 @@ def _invert(weights: Tensor, num_samples: int) -> Tensor:
     cdf = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1).unsqueeze(-2)
     u = torch.rand(*cdf.shape[:-2], num_samples, 1, dtype=cdf.dtype, device=cdf.device)
     # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
-    return (cdf <= u * cdf[..., -1:]).sum(-1)
+    index: Tensor = (cdf <= u * cdf[..., -1:]).sum(-1)
+    return index
 
 
 def one_hot(index: Tensor, like: Tensor) -> Tensor:
     """One-hot vectors ``[..., C]`` of ``index [..., 1]``, with C, dtype and device of ``like [..., C]``."""
     zeros = torch.zeros(*index.shape[:-1], like.shape[-1], dtype=like.dtype, device=like.device)
     return zeros.scatter_(-1, index, 1.0)
+
+
+class _LazyCategorical(Categorical):
+    """``Categorical(logits=scores)`` that takes the softmax, or its logarithm, when it is asked for."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = self._param = scores
+        self._num_events = scores.shape[-1]
+        Distribution.__init__(self, scores.shape[:-1], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _LazyCategorical:
+        return _LazyCategorical(self.scores.expand(*batch_shape, -1))
+
+    @lazy_property
+    def logits(self) -> Tensor:
+        return log_softmax(self.scores)
+
+    @lazy_property
+    def probs(self) -> Tensor:
+        return softmax(self.scores)
 
 
 class _LogProbOfIndex(torch.autograd.Function):
@@ -114,31 +138,13 @@ def log_prob_of_index(q: OneHotCategorical, index: Tensor) -> Tensor:
         q: A law that :func:`one_hot_categorical` made.
         index: ``[S, ..., 1]``.
     """
-    scores, index = q._categorical.scores, index.squeeze(-1).movedim(0, -1)  # [..., S]
+    law = q._categorical
+    assert isinstance(law, _LazyCategorical)
+    scores, index = law.scores, index.squeeze(-1).movedim(0, -1)  # [..., S]
     if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
         return q.logits.gather(-1, index).movedim(-1, 0)
     result: Tensor = _LogProbOfIndex.apply(scores, q.probs.detach(), index)  # type: ignore[no-untyped-call]
     return result.movedim(-1, 0)
-
-
-class _LazyCategorical(Categorical):
-    """``Categorical(logits=scores)`` that takes the softmax, or its logarithm, when it is asked for."""
-
-    def __init__(self, scores: Tensor) -> None:
-        self.scores = self._param = scores
-        self._num_events = scores.shape[-1]
-        Distribution.__init__(self, scores.shape[:-1], validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _LazyCategorical:
-        return _LazyCategorical(self.scores.expand(*batch_shape, -1))
-
-    @lazy_property
-    def logits(self) -> Tensor:
-        return log_softmax(self.scores)
-
-    @lazy_property
-    def probs(self) -> Tensor:
-        return softmax(self.scores)
 
 
 def one_hot_categorical(logits: Tensor) -> OneHotCategorical:

@@ -52,7 +52,7 @@ class StandardNormal(Normal):
         return StandardNormal(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
 
 
-class DiagonalNormal(Independent):
+class DiagonalNormal(Independent):  # type: ignore[type-arg]
     """``Independent(base, 1)`` of normal variables: a type by which the KL is found that sums before it scales."""
 
     def __init__(self, base: Normal) -> None:
@@ -68,12 +68,12 @@ def _excess(q: LogVarianceNormal) -> Tensor:
     return q.loc.square() + (q.variance - q.log_variance)
 
 
-@register_kl(LogVarianceNormal, StandardNormal)
+@register_kl(LogVarianceNormal, StandardNormal)  # type: ignore[no-untyped-call,untyped-decorator]
 def _kl_to_standard(q: LogVarianceNormal, p: StandardNormal) -> Tensor:
     return _excess(q).sub_(1).mul_(0.5)
 
 
-@register_kl(DiagonalNormal, DiagonalNormal)
+@register_kl(DiagonalNormal, DiagonalNormal)  # type: ignore[no-untyped-call,untyped-decorator]
 def _kl_of_vectors(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
     base, prior = q.base_dist, p.base_dist
     if isinstance(base, LogVarianceNormal) and isinstance(prior, StandardNormal):

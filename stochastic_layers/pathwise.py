@@ -129,6 +129,7 @@ class Gaussian(Pathwise):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
+        assert isinstance(q, Independent)
         loc, scale = q.base_dist.loc, q.base_dist.scale
         if self.num_samples == 1:  # without a dimension that is broadcast, and summed over in backward
             return self._sample(q, (loc + scale * torch.randn_like(scale)).unsqueeze(0))
