@@ -70,8 +70,6 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
         probs = torch.nn.functional.pad(probs, (0, -count % rows))
     # [..., rows, columns]; a block is a column, which is added fastest
     blocks = probs.reshape(*probs.shape[:-1], rows, probs.shape[-1] // rows)
-        *probs.shape[:-1], rows, probs.shape[-1] // rows
-    )  # [..., rows, columns]; a block is a column, which is added fastest
     column = _invert(blocks.sum(-2), num_samples)  # [..., S]
     wide = column.unsqueeze(-2).expand(*column.shape[:-1], rows, num_samples)
     row = _invert(blocks.gather(-1, wide).transpose(-1, -2), 1)  # [..., S, 1]
