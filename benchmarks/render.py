@@ -72,7 +72,7 @@ def _curves(groups: Mapping[str, list[Row]]) -> Any:
 
 def _bars(groups: Mapping[str, list[Row]]) -> Any:
     count = sum(len(rows) for rows in groups.values()) + len(groups)
-    figure, axis = plt.subplots(figsize=(8, 0.2 * count + 1), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 0.2 * count + 3), layout="constrained")
     labels, places, place = [], [], 0
     for group, rows in groups.items():
         axis.text(
