@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
 from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
+from stochastic_layers.quadrature import gauss_hermite, product_rule
 from stochastic_layers.registry import nearest
 
 __all__ = [
@@ -21,10 +21,12 @@ __all__ = [
     "Family",
     "GaussianFamily",
     "create_family",
+    "gaussian_nodes",
     "register_family",
     "takes_categories",
 ]
 
+MAX_PARAM = 1e18  # its square stays finite in float32, and so do sums and reflections of draws
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
 
 
@@ -45,7 +47,6 @@ class Family(ABC):
     name: ClassVar[str]
     discrete: ClassVar[bool]
     takes_categories: ClassVar[bool] = False
-    any_finite: ClassVar[bool] = False  # whether all finite params have a law, so that check() looks for nothing else
     parts: ClassVar[tuple[str, ...]] = ("logits",)  # what params holds, in this order along its last dimension
 
     def __init__(self, latent_dim: int, num_categories: int | None = None) -> None:
@@ -113,6 +114,27 @@ class Family(ABC):
         result: Tensor = q.base_dist.log_prob(z).sum(-1) if isinstance(q, Independent) else q.log_prob(z)
         return result
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        """Points and weights of which expectations under q are made: ``(weights * f(z)).sum(0)``, for few variables.
+
+        Layers are proven against these, and so will be those of a family of yours that has them. All outcomes of a
+        finite family with their probabilities; a rule of numerical integration else. Both may depend on the params of
+        q, such that the gradient of the sum is that of the expectation.
+
+        Args:
+            q: The law, of batch shape ``[*batch]``.
+            refinement: The rule is the finer the larger it is; the difference that 1 makes to 0 estimates the error.
+
+        Returns:
+            z ``[N, *batch, out_features]`` and weights ``[N, *batch]``.
+
+        Raises:
+            ValueError: The family has no rule, or too many variables for it.
+        """
+        raise ValueError(
+            f"needed a family whose expectations can be computed, got {self.name!r}, which has no nodes()."
+        )
+
     def check(self, params: Tensor, low: float, high: float) -> None:
         """Refuse params that have no finite law; ``low`` and ``high`` are their extremes.
 
@@ -124,6 +146,11 @@ class Family(ABC):
             raise ValueError(
                 f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; look at the network "
                 "before the layer (learning rate, input scale, gradient clipping)."
+            )
+        if max(-low, high) > MAX_PARAM:
+            raise ValueError(
+                f"needed params of magnitude at most {MAX_PARAM:g}, got {max(-low, high):.3g}, whose square overflows "
+                "in float32; look at the network before the layer."
             )
 
     def prepare(self, params: Tensor | Sequence[Tensor]) -> Tensor:
@@ -137,6 +164,10 @@ class Family(ABC):
                 raise ValueError(
                     f"needed one tensor or the {len(self.parts)} tensors {self.parts} for family {self.name!r}, got "
                     f"{len(params)}."
+                )
+            if not all(isinstance(part, Tensor) for part in params):
+                raise ValueError(
+                    f"needed tensors as the parts {self.parts}, got {[type(part).__name__ for part in params]}."
                 )
             sizes = self.part_sizes
             try:
@@ -167,10 +198,7 @@ class Family(ABC):
             torch._assert_async(torch.isfinite(params).all(), "needed finite params, got NaN or infinite values")
         elif params.numel():
             values = params.detach()
-            # one pass, one synchronisation; a sum is the fastest, and finite only if every summand is
-            if self.any_finite and math.isfinite(values.sum().item()):
-                return params
-            low, high = torch.aminmax(values)  # NaN propagates
+            low, high = torch.aminmax(values)  # one pass, one synchronisation; NaN propagates
             self.check(values, low.item(), high.item())
         return params
 
@@ -195,7 +223,6 @@ class BernoulliFamily(Family):
 
     name = "bernoulli"
     discrete = True
-    any_finite = True
 
     def standard(self) -> Distribution:
         """Fair coins."""
@@ -212,6 +239,11 @@ class BernoulliFamily(Family):
         logits: Tensor = _base(q).logits
         return (logits > 0).to(logits.dtype)
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        return _outcomes(
+            self, q, torch.cartesian_prod(*[torch.arange(2.0)] * self.latent_dim).view(-1, self.latent_dim)
+        )
+
 
 @register_family
 class CategoricalFamily(Family):
@@ -219,7 +251,6 @@ class CategoricalFamily(Family):
 
     name = "categorical"
     discrete = True
-    any_finite = True
     takes_categories = True
 
     @property
@@ -260,6 +291,19 @@ class CategoricalFamily(Family):
         logits: Tensor = _base(q).logits
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0).flatten(-2)
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        count = self.num_categories
+        assert count is not None
+        index = torch.cartesian_prod(*[torch.arange(count)] * self.latent_dim).view(-1, self.latent_dim)
+        return _outcomes(self, q, torch.nn.functional.one_hot(index, count).flatten(1))
+
+
+def _outcomes(family: Family, q: Distribution, z: Tensor) -> tuple[Tensor, Tensor]:
+    """All outcomes ``[N, out_features]`` of a finite family, expanded to the batch of q, and their probabilities."""
+    batch, dtype = q.batch_shape, q.mean.dtype
+    z = z.to(dtype).view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)
+    return z, family.log_prob(q, z).exp()
+
 
 @register_family
 class GaussianFamily(Family):
@@ -294,6 +338,19 @@ class GaussianFamily(Family):
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mean
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        x, weights = gaussian_nodes(_base(q).loc, 6 + 4 * refinement)  # exact for polynomials of degree up to 11
+        return _base(q).loc + _base(q).scale * x, weights
+
+
+def gaussian_nodes(like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Standard normal nodes ``[N, *batch, D]`` and their weights ``[N, *batch]`` for a tensor ``[*batch, D]``."""
+    points, weights = product_rule(*gauss_hermite(count), like.shape[-1])
+    batch = like.shape[:-1]
+    shape = (-1, *[1] * len(batch))
+    x = points.to(like.dtype).view(*shape, like.shape[-1]).expand(-1, *like.shape)
+    return x, weights.to(like.dtype).view(shape).expand(-1, *batch)
 
 
 def create_family(family: str | Mapping[str, Any], latent_dim: int, num_categories: int | None = None) -> Family:
