@@ -2,6 +2,7 @@
 
 from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
 from lightning_modules.classifier import StochasticClassifier
+from lightning_modules.comparison import Comparison, compare
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
     BernoulliLikelihood,
@@ -23,6 +24,7 @@ __all__ = [
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
+    "Comparison",
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "HierarchicalVAE",
@@ -37,4 +39,5 @@ __all__ = [
     "StandardPrior",
     "StochasticClassifier",
     "Terms",
+    "compare",
 ]
