@@ -14,6 +14,7 @@ from lightning_modules.likelihoods import (
 from lightning_modules.multi_sample import IWAE, RWS, TVO, Renyi
 from lightning_modules.objectives import ELBO, Objective, Terms
 from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
+from lightning_modules.scoring import LayerScore, LayerScores, score_layers
 from lightning_modules.vae import VAE
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "HierarchicalVAE",
+    "LayerScore",
+    "LayerScores",
     "LearnedPrior",
     "Likelihood",
     "Objective",
@@ -40,4 +43,5 @@ __all__ = [
     "StochasticClassifier",
     "Terms",
     "compare",
+    "score_layers",
 ]

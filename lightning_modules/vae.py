@@ -106,7 +106,9 @@ class VAE(LatentVariableModel[Terms]):
             optimizer=optimizer,
             iwae_samples=iwae_samples,
         )
-        with torch.random.fork_rng():  # encoder and decoder start alike, whatever the layer draws for its own parameters
+        with (
+            torch.random.fork_rng()
+        ):  # encoder and decoder start alike, whatever the layer draws for its own parameters
             torch.default_generator.manual_seed(int(torch.randint(2**62, ())))
             self.layer = build_layer(layer, layer_options)
         self.objective.check(self.layer)
@@ -168,11 +170,11 @@ class VAE(LatentVariableModel[Terms]):
     def terms(self, x: Tensor, params: Tensor | None = None) -> Terms:
         """One batch ``[B, *data_shape]`` through the model; ``params`` stand for ``encode(x)`` if given."""
         params = self.encode(x) if params is None else params
-        sample = self.layer.sample(params, x.flatten(1) if params.dim() == 2 and self._wants_data else None)
+        sample = self.layer.sample(params, self.context(self.layer, x, params))
         objective, z = self.objective, sample.z
         if objective.detaches_draws:
             z = z.detach().requires_grad_(objective.stops_q and torch.is_grad_enabled())
-        kl, log_prior, log_q = self._kl(sample.q), None, None
+        kl, log_prior, log_q = self.closed_form_kl(sample.q), None, None
         if kl is None or objective.needs_log_weights:
             q = self.layer.distribution(params.detach()) if objective.stops_q else sample.q
             cut = objective.detaches_draws or objective.stops_q
@@ -200,14 +202,14 @@ class VAE(LatentVariableModel[Terms]):
         log_ratio = self.layer.family.log_prob(self.prior(x.device), z) - self.layer.family.log_prob(q, z)
         return self.log_likelihood(z, x) + _per_example(log_ratio)
 
-    @property
-    def _wants_data(self) -> bool:
-        """Whether a learned baseline was sized for the data rather than for the layer's params."""
-        features = getattr(getattr(self.layer, "baseline", None), "context_features", self.layer.in_features)
-        return bool(features == math.prod(self.data_shape) != self.layer.in_features)
+    def context(self, layer: StochasticLayer, x: Tensor, params: Tensor) -> Tensor | None:
+        """The data ``[B, F]``, if a learned baseline of the layer was sized for them rather than for params."""
+        features = getattr(getattr(layer, "baseline", None), "context_features", layer.in_features)
+        wants_data = features == math.prod(self.data_shape) != layer.in_features
+        return x.flatten(1) if params.dim() == 2 and wants_data else None
 
-    def _kl(self, q: Distribution) -> Tensor | None:
-        """Closed-form KL per latent variable ``[B, L]``."""
+    def closed_form_kl(self, q: Distribution) -> Tensor | None:
+        """KL(q || prior) per latent variable ``[B, L]``, ``None`` where it has no closed form."""
         if self.kl_method != "analytic":
             return None
         return kl_per_latent(q, self.prior(self.device)).flatten(1)

@@ -124,6 +124,9 @@ class InvertibleGaussianFamily(Family):
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return q.sample(torch.Size((num_samples,))).flatten(-2)
 
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        return super().rsample(q, num_samples).flatten(-2)
+
     def mode(self, q: Distribution) -> Tensor:
         """The image of the loc: the mode before the map."""
         assert isinstance(q, Independent) and isinstance(q.base_dist, InvertibleGaussianDistribution)
@@ -191,4 +194,4 @@ class InvertibleGaussian(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        return self._sample(q, q.rsample(torch.Size((self.num_samples,))).flatten(-2))
+        return self._sample(q, self.family.rsample(q, self.num_samples))

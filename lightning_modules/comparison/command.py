@@ -16,12 +16,13 @@ from rich.console import Console
 from lightning_modules.comparison.plots import draw
 from lightning_modules.comparison.publish import publish
 from lightning_modules.comparison.result import Comparison, write_text
-from lightning_modules.comparison.runner import DEFAULT_STEPS, compare_parsed
+from lightning_modules.comparison.runner import DEFAULT_STEPS, Budget, compare_parsed
 from lightning_modules.comparison.settings import loggers, parse
-from lightning_modules.comparison.table import markdown_table, rich_table
+from lightning_modules.comparison.table import markdown_table, notes, rich_table
 
 __all__ = ["main"]
 
+MAX_WIDTH = 400
 EPILOG = """All other arguments are those of `stochastic-layers fit` and mean the same: --config FILE, --model.*,
 --data.*, --trainer.*. --ckpt_path CHECKPOINT takes model, data and first weights from a checkpoint. A rerun of the same
 command does only what is missing."""
@@ -58,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, help="budget of training time instead, measurements not counted")
     p.add_argument("--seeds", type=_seeds, default=list(range(3)), help="a number of seeds, or seeds like 0,1,2 (3)")
     p.add_argument("--evaluations", type=int, help="largest number of evaluations of the cost in a step (4)")
+    p.add_argument(
+        "--score",
+        action="store_true",
+        help="train nothing but the model's own layer, if there is no --ckpt_path, and score all layers on its weights",
+    )
     p.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where results are kept (runs/compare)")
     p.add_argument("--workers", type=int, default=1, help="processes at a time; times are fair with one (1)")
     p.add_argument("--sort", help="metric that the table is sorted by")
@@ -67,17 +73,16 @@ def parser() -> argparse.ArgumentParser:
 def main(rest: Sequence[str]) -> int:
     """Run ``stochastic-layers compare`` and return its exit status: 1 where a run failed."""
     options, words = parser().parse_known_args(list(rest))
-    console = Console(soft_wrap=False)
     parsed = parse(args=words)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         comparison = compare_parsed(
             parsed,
             options.layers,
-            steps=options.steps,
-            seconds=options.seconds,
+            budget=Budget.of(options.steps, options.seconds),
             seeds=options.seeds,
             evaluations=options.evaluations,
+            score=options.score,
             folder=options.folder,
             workers=options.workers,
             console=Console(stderr=True),
@@ -91,10 +96,13 @@ def main(rest: Sequence[str]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    console.print(rich_table(comparison, options.sort))
     files = write(comparison, options.folder, options.sort)
-    for label, reason in comparison.refused.items():
-        console.print(f"left out: {label}: {reason}", style="dim", highlight=False)
+    console = Console()
+    if not console.is_terminal:  # a file has no width that a table could be cut to
+        console.width = MAX_WIDTH
+    console.print(rich_table(comparison, options.sort))
+    for note in notes(comparison):
+        console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
     for file in files:
         console.print(f"written: {file}", highlight=False, soft_wrap=True)
     publish(comparison, [file for file in files if file.suffix == ".png"], loggers(parsed))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightning_modules.base import LatentVariableModel, data_of
 from lightning_modules.data.binarize import mix64
-from stochastic_layers.diagnostics import preserved
+from stochastic_layers.preserved import preserved
 
-__all__ = ["Measurement", "bounds", "peak_memory"]
+__all__ = ["Measurement", "bounds", "held_out", "peak_memory"]
 
 CURVE_EXAMPLES, CURVE_DRAWS = 2048, 4
 FINAL_DRAWS = 32
@@ -86,7 +86,7 @@ class Measurement(Callback):
         self._reported = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches = validation_batches(trainer)
+        self._batches = held_out(cast(Any, trainer).datamodule.val_dataloader())
         self._memory_before = reset_peak_memory(pl_module.device)
         self._started = time.perf_counter()
 
@@ -127,7 +127,7 @@ class Measurement(Callback):
         self._last_step = step
         self._started = time.perf_counter()
 
-    def summary(self, model: LatentVariableModel[Any]) -> dict[str, Any]:
+    def result(self, model: LatentVariableModel[Any]) -> dict[str, Any]:
         """The values of the finished run: bounds on all validation data, medians over the run of the rest."""
         final = bounds(model, self._batches, FINAL_DRAWS)
         if not math.isfinite(final["elbo"]):
@@ -146,14 +146,12 @@ class Measurement(Callback):
         }
 
 
-def validation_batches(trainer: Trainer) -> list[Tensor]:
-    """The validation data, in the order of the file.
+def held_out(loaders: Any) -> list[Tensor]:
+    """The validation data of one loader, or of several, in the order of the file.
 
     Raises:
         ValueError: The data module holds out none.
     """
-    data: Any = trainer
-    loaders = data.datamodule.val_dataloader()
     batches = [data_of(batch) for loader in (loaders if isinstance(loaders, list) else [loaders]) for batch in loader]
     if not batches:
         raise ValueError("needed validation data to compare on, got none; set --data.val_size.")
@@ -182,7 +180,7 @@ def reset_peak_memory(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device, before: float) -> float | None:
-    """Peak since the start in MiB: allocated on a GPU; else the growth of the resident set, ``None`` if not on Linux."""
+    """Peak since the start in MiB: what a GPU allocated, else by how much the resident set grew (known on Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

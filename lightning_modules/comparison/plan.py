@@ -15,6 +15,7 @@ import torch
 
 import stochastic_layers as sl
 from lightning_modules.build import build_layer
+from lightning_modules.comparison.settings import Settings
 from lightning_modules.vae import VAE
 from stochastic_layers import StochasticLayer
 from stochastic_layers.registry import layer_class
@@ -64,6 +65,16 @@ class Run:
     spec: dict[str, Any] = field(repr=False)
     path: Path
 
+    @property
+    def weights(self) -> Path:
+        """Where the trained model is kept, if the specification asks for it."""
+        return self.path.with_suffix(".ckpt")
+
+    @property
+    def error(self) -> str:
+        """Why it failed, if it did."""
+        return str((self.result() or {}).get("error"))
+
     def result(self) -> dict[str, Any] | None:
         """The result that was kept, if there is one of exactly this run."""
         try:
@@ -83,23 +94,24 @@ def run_key(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(spec).encode()).hexdigest()[:12]
 
 
-def make_run(folder: Path, candidate: Candidate, seed: int | None, spec: Mapping[str, Any]) -> Run:
+def make_run(folder: Path, kind: str, candidate: Candidate, seed: int | None, spec: Mapping[str, Any]) -> Run:
     """The run of a candidate; ``spec`` is completed by the layer, the seed and the versions of what computes."""
     versions = {name: version(name) for name in ("stochastic-layers", "torch", "lightning")}
     full = dict(spec) | {
         "schema": SCHEMA,
+        "kind": kind,
         "layer": candidate.name,
         "layer_options": candidate.options,
         "seed": seed,
         "versions": versions,
     }
-    suffix = "" if seed is None else f"-seed{seed}"
-    return Run(candidate, seed, full, folder / f"{candidate.name}{suffix}-{run_key(full)}.json")
+    what = "score" if seed is None else f"seed{seed}"
+    return Run(candidate, seed, full, folder / f"{candidate.name}-{what}-{run_key(full)}.json")
 
 
 def candidates(
     model: VAE,
-    model_options: Mapping[str, Any],
+    settings: Settings,
     layers: Sequence[LayerSpec] | None = None,
     evaluations: int | None = None,
 ) -> list[Candidate]:
@@ -107,7 +119,7 @@ def candidates(
 
     Args:
         model: Tells the latent variables and the objective.
-        model_options: ``layer`` and ``layer_options`` of the configuration: its own layer keeps its options.
+        settings: Of the configuration, whose own layer keeps its options.
         layers: Names, or mappings ``{"name": ..., **options}``, where ``label`` may be given; by default every
             registered layer that takes the latent variables and the objective.
         evaluations: Largest number of evaluations of the cost in one step and example; a layer that cannot do with so
@@ -117,7 +129,7 @@ def candidates(
     Raises:
         ValueError: Unknown names, two layers of the same label, ``evaluations`` < 1.
     """
-    own = dict(model_options.get("layer_options") or {})
+    own = settings.layer_options
     if evaluations is None:
         evaluations = _evaluations(model.layer) if "num_samples" in own else DEFAULT_EVALUATIONS
     if evaluations is None or evaluations < 1:
@@ -133,7 +145,7 @@ def candidates(
         name, label = str(given.pop("name", None)), given.pop("label", None)
         known = inspect.signature(layer_class(name)).parameters
         options = {key: value for key, value in latent.items() if key in known}
-        if name == model_options.get("layer"):
+        if name == settings.layer:
             options |= {key: value for key, value in own.items() if key not in LATENT}
         options |= given
         described = ", ".join(f"{k}={v}" for k, v in given.items())

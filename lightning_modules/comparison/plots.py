@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from lightning_modules.comparison.result import Comparison, Metric
 
@@ -18,6 +17,7 @@ __all__ = ["draw"]
 
 # Okabe and Ito's colours, which people of all kinds of colour vision tell apart; yellow is left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+EXACT = 1e-9
 STYLES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 
 
@@ -57,7 +57,7 @@ def mean_curve(comparison: Comparison, label: str, x: str, y: str) -> tuple[list
 
 
 def elbo_curves(comparison: Comparison, labels: Sequence[str]) -> Figure:
-    """ELBO against steps and against seconds of training; the names between the panels serve both."""
+    """ELBO against steps and against seconds of training, means over the seeds; the names serve both panels."""
     figure = Figure(figsize=(12, _height(labels)), layout="constrained")
     figure.suptitle(comparison.title, fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -67,32 +67,32 @@ def elbo_curves(comparison: Comparison, labels: Sequence[str]) -> Figure:
             axes.plot(xs, ys, linewidth=1.3, **style(number))
             axes.plot(xs[-1], ys[-1], marker="o", markersize=3.5, color=style(number)["color"])
     left.set_ylim(*_range([ys for _, ys in curves]))
-    left.set(xlabel="optimizer step", ylabel="validation ELBO (nats per example), mean over the seeds")
-    right.set_xlabel("seconds of training, mean over the seeds")
-    _name_ends(left, {label: ys[-1] for label, (_, ys) in zip(labels, curves, strict=True)}, labels)
+    left.set(xlabel="optimizer step", ylabel="validation ELBO (nats per example)")
+    right.set_xlabel("seconds of training")
+    _name_ends(figure, left, {label: ys[-1] for label, (_, ys) in zip(labels, curves, strict=True)}, labels)
     return figure
 
 
 def variance_curves(comparison: Comparison, labels: Sequence[str]) -> Figure:
-    """Gradient variance against steps, logarithmic."""
+    """Gradient variance against steps, logarithmic, means over the seeds."""
     figure = Figure(figsize=(8.5, _height(labels)), layout="constrained")
     figure.suptitle(comparison.title, fontsize=10)
     axes = figure.subplots()
     ends = {}
     for number, label in enumerate(labels):
         xs, ys = mean_curve(comparison, label, "step", "grad_variance")
-        if ys[-1] > 0:  # an exact layer has none
+        if ys[-1] > EXACT:  # an exact layer has none, but for rounding
             axes.plot(xs, ys, linewidth=1.3, **style(number))
             ends[label] = ys[-1]
     axes.set_yscale("log")
-    axes.set(xlabel="optimizer step", ylabel="gradient variance at the layer's params, mean over the seeds")
-    _name_ends(axes, ends, labels)
+    axes.set(xlabel="optimizer step", ylabel="gradient variance at the layer's params")
+    _name_ends(figure, axes, ends, labels)
     return figure
 
 
 def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
     """One dot for each run and metric, the layers in the order of the table."""
-    metrics = [metric for metric in comparison.metrics if metric.better]
+    metrics = [metric for metric in comparison.metrics if metric.drawn and metric.better]
     figure = Figure(figsize=(2.2 + 2.1 * len(metrics), _height(labels)), layout="constrained")
     figure.suptitle(comparison.title, fontsize=10)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
@@ -100,26 +100,29 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
         for number, label in enumerate(labels):
             rows = [r for r in comparison.rows if r["label"] == label and r[metric.name] is not None]
             values = [row[metric.name] for row in rows]
-            axes.plot(values, [number] * len(values), "o", markersize=5, alpha=0.75, color=_hue(metric))
+            colour = COLOURS[0] if metric.better == "high" else COLOURS[1]
+            axes.plot(values, [number] * len(values), "o", markersize=5, alpha=0.75, color=colour)
+            if metric.error:
+                errors = [row[metric.error] for row in rows]
+                axes.errorbar(values, [number] * len(values), xerr=errors, fmt="none", linewidth=1, color=colour)
         arrow = "better \N{RIGHTWARDS ARROW}" if metric.better == "high" else "\N{LEFTWARDS ARROW} better"
         axes.set_title(f"{metric.heading}\n{arrow}", fontsize=9)
         axes.grid(axis="y", linewidth=0.4, color="0.85")
         axes.tick_params(axis="x", labelsize=8)
-        if metric.log and _positive(comparison, metric):
+        if metric.log and _spans_decades(comparison, metric):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(4))
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     return figure
 
 
-def _hue(metric: Metric) -> str:
-    return COLOURS[0] if metric.better == "high" else COLOURS[1]
-
-
-def _positive(comparison: Comparison, metric: Metric) -> bool:
-    values = [row[metric.name] for row in comparison.rows if row[metric.name] is not None]
-    return bool(values) and min(values) > 0
+def _spans_decades(comparison: Comparison, metric: Metric) -> bool:
+    """Whether the values are positive and far enough apart for a logarithmic scale to have ticks."""
+    values = [row[metric.name] for row in comparison.rows if row[metric.name]]
+    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
 def _height(labels: Sequence[str]) -> float:
@@ -128,19 +131,18 @@ def _height(labels: Sequence[str]) -> float:
 
 
 def _range(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Limits that show the last two thirds of most curves: the first steps are steep, and some layers fail."""
-    late = [y for ys in curves for y in ys[len(ys) // 3 :]]
-    top, low = max(late), min(late)
-    ends = sorted((ys[-1] for ys in curves), reverse=True)
-    typical = top - ends[int(0.75 * (len(ends) - 1))]
-    bottom = max(low, top - 4 * typical) if typical > 0 else low
+    """Limits that leave out the steep first quarter of the run, and layers that end far below most others."""
+    ends = sorted(ys[-1] for ys in curves)
+    top = max(y for ys in curves for y in ys)
+    bottom = min(statistics.median(ys[len(ys) // 4] for ys in curves), ends[len(ends) // 4])
+    bottom = max(bottom, min(y for ys in curves for y in ys))
     margin = 0.05 * (top - bottom) or 1.0
     return bottom - margin, top + margin
 
 
-def _name_ends(axes: Axes, ends: dict[str, float], labels: Sequence[str]) -> None:
+def _name_ends(figure: Figure, axes: Axes, ends: dict[str, float], labels: Sequence[str]) -> None:
     """Names at the right of the axes, each joined to the end of its line, moved apart where they would overlap."""
-    height = 72 * axes.figure.get_figheight() * 0.8  # of the axes, in points, about
+    height = 72 * figure.get_figheight() * 0.8  # of the axes, in points, about
     names = sorted(ends, key=lambda label: ends[label])
     x = axes.get_xlim()[1]
     scaled = axes.transScale.transform([(x, ends[name]) for name in names])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from lightning_modules.comparison.result import IDENTITY, Comparison
+from lightning_modules.comparison.result import Comparison
 
 __all__ = ["publish"]
 
@@ -18,7 +18,7 @@ def publish(comparison: Comparison, pictures: Sequence[Path], loggers: Sequence[
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
-        columns = [*IDENTITY, *(metric.name for metric in comparison.metrics)]
+        columns = comparison.columns
         rows = [row | {"options": json.dumps(row["options"])} for row in comparison.rows]
         logger.log_table("compare/runs", columns=columns, data=[[row[c] for c in columns] for row in rows])
         if comparison.curves:
@@ -30,5 +30,7 @@ def publish(comparison: Comparison, pictures: Sequence[Path], loggers: Sequence[
             # one value for each layer, for a bar chart or a panel of a report
             values = {f"compare/{name}/{summary.label}": value for name, value in summary.mean.items()}
             logger.log_metrics(values)
-        logger.experiment.config.update({"title": comparison.title, "compare": comparison.settings}, allow_val_change=True)
+        logger.experiment.config.update(
+            {"title": comparison.title, "compare": comparison.settings}, allow_val_change=True
+        )
         logger.experiment.finish()

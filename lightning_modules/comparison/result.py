@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
+from rich.console import RenderableType
 
 __all__ = ["IDENTITY", "METRICS", "Comparison", "Metric", "Summary"]
 
@@ -30,7 +30,9 @@ class Metric:
         digits: Format of its values.
         better: Which values are better; empty where that is no question.
         meaning: Definition, with the unit.
-        log: Whether a plot takes a logarithmic scale.
+        log: Whether a plot takes a logarithmic scale where the values differ much.
+        drawn: Whether it has a panel of its own.
+        error: Name of the column that holds its standard error.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Metric:
     better: Literal["high", "low", ""]
     meaning: str
     log: bool = False
+    drawn: bool = True
+    error: str = ""
 
 
 # What every row says of its run, apart from what was measured: name and meaning.
@@ -59,7 +63,14 @@ IDENTITY: dict[str, str] = {
 METRICS: dict[Kind, tuple[Metric, ...]] = {
     "training": (
         Metric("elbo", "ELBO", ".2f", "high", "validation ELBO after the budget, nats per example, 32 exact draws"),
-        Metric("iwae", "IWAE-32", ".2f", "high", "importance-weighted bound of the same draws, nats per example"),
+        Metric(
+            "iwae",
+            "IWAE-32",
+            ".2f",
+            "high",
+            "importance-weighted bound of the same draws, nats per example",
+            drawn=False,
+        ),
         Metric(
             "grad_variance",
             "gradient variance",
@@ -68,14 +79,66 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
             "trace of the covariance of one example's gradient at the layer's params, median over the run",
             log=True,
         ),
-        Metric("grad_snr", "SNR", ".3g", "high", "norm of the mean gradient over the root of that variance, likewise"),
+        Metric(
+            "grad_snr",
+            "SNR",
+            ".3g",
+            "high",
+            "norm of the mean gradient over the root of that variance, likewise; empty where there is no variance",
+            log=True,
+        ),
         Metric("step_ms", "ms per step", ".3g", "low", "time of a training step in ms, median over the run", log=True),
-        Metric("variance_time", "variance x ms", ".3g", "low", "product of the two: variance at equal time", log=True),
+        Metric(
+            "variance_time",
+            "variance x ms",
+            ".3g",
+            "low",
+            "product of the two: halved by twice the speed as by half the variance",
+            log=True,
+        ),
         Metric("peak_memory_mib", "peak MiB", ".0f", "low", "memory that training added to model and data, in MiB"),
         Metric("steps", "steps", ".0f", "", "optimizer steps taken"),
         Metric("seconds", "seconds", ".1f", "", "training time, without the measurements in between"),
     ),
-    "scores": (),
+    "scores": (
+        Metric("mse", "MSE", ".3g", "low", "mean squared error of one gradient: variance plus squared bias", log=True),
+        Metric(
+            "grad_variance",
+            "gradient variance",
+            ".3g",
+            "low",
+            "trace of the covariance of one example's gradient at the layer's params",
+            log=True,
+        ),
+        Metric(
+            "bias",
+            "bias",
+            ".2g",
+            "low",
+            "norm of one example's bias; its square is estimated without bias, so that 0 is possible",
+            error="bias_error",
+        ),
+        Metric("bias_error", "its standard error", ".1g", "", "standard error of the bias", drawn=False),
+        Metric("relative_bias", "relative bias", ".3f", "low", "that bias over the norm of the reference", drawn=False),
+        Metric("cosine", "cosine", ".3f", "high", "mean cosine of one gradient with the reference"),
+        Metric(
+            "grad_snr",
+            "SNR",
+            ".3g",
+            "high",
+            "norm of the mean gradient over the root of the variance; empty where there is no variance",
+            log=True,
+        ),
+        Metric(
+            "gradient_ms",
+            "ms per gradient",
+            ".3g",
+            "low",
+            "time of one gradient of the scored examples at the layer's params, in a batched pass of many",
+            log=True,
+        ),
+        Metric("variance_time", "variance x ms", ".3g", "low", "product of variance and that time", log=True),
+    ),
 }
 
 
@@ -131,6 +194,11 @@ class Comparison:
         """The measured columns."""
         return METRICS[self.kind]
 
+    @property
+    def columns(self) -> list[str]:
+        """The keys of the rows, in order."""
+        return [*IDENTITY, *(metric.name for metric in self.metrics)]
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -161,7 +229,7 @@ class Comparison:
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV; options are JSON."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, [*IDENTITY, *(m.name for m in self.metrics)], lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(row | {"options": json.dumps(row["options"])} for row in self.rows)
         write_text(Path(path), text.getvalue())
@@ -169,17 +237,17 @@ class Comparison:
     def to_json(self, path: str | Path) -> None:
         """Write everything as JSON: the attributes of this object by name."""
         record = {name: getattr(self, name) for name in ("kind", "title", "settings", "refused", "rows", "curves")}
-        write_text(Path(path), json.dumps(record, indent=1) + "\n")
+        write_text(Path(path), json.dumps(record, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
         """Read what :meth:`to_json` wrote."""
         return cls(**json.loads(Path(path).read_text()))
 
-    def __rich__(self) -> Table:
-        from lightning_modules.comparison.table import rich_table
+    def __rich__(self) -> RenderableType:
+        from lightning_modules.comparison.table import report
 
-        return rich_table(self)
+        return report(self)
 
 
 def _summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Summary:

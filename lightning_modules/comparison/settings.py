@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning_modules.cli import CLI, names_data
 from lightning_modules.data import ImageDataModule
 from lightning_modules.vae import VAE
 
-__all__ = ["Parsed", "loggers", "parse", "plain_config"]
+__all__ = ["Parsed", "Settings", "loggers", "parse", "settings_of"]
 
 # What concerns the length and the files of a single run; a comparison has its own.
 OF_ONE_RUN = ("checkpoint", "pictures", "patience", "ckpt_path", "config", "seed_everything")
@@ -130,17 +131,37 @@ def _written(config: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def plain_config(parsed: Parsed) -> dict[str, Any]:
-    """What all runs share, as plain data: everything but the layer, the budget, and the files of one run."""
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share, as plain data.
+
+    Attributes:
+        config: Everything but the layer, the budget, and the files of one run.
+        layer: The configuration's own layer.
+        layer_options: Its options.
+    """
+
+    config: dict[str, Any]
+    layer: Any
+    layer_options: dict[str, Any]
+
+
+def settings_of(parsed: Parsed) -> Settings:
+    """The shared settings.
+
+    Raises:
+        ValueError: A run would take several devices.
+    """
     config: dict[str, Any] = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False, skip_validation=True))
     config = {key: value for key, value in config.items() if key not in OF_ONE_RUN}
-    config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in TRAINER_OF_ONE_RUN}
-    if config["trainer"]["devices"] == "auto":
-        config["trainer"]["devices"] = 1
-    if parsed.trainer.num_nodes != 1 or config["trainer"]["devices"] not in (1, "1") and parsed.trainer.num_devices != 1:
+    trainer = config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in TRAINER_OF_ONE_RUN}
+    if trainer["devices"] == "auto":
+        trainer["devices"] = 1
+    elif parsed.trainer.num_devices * parsed.trainer.num_nodes != 1:
         raise ValueError("needed one device for each run, got several; set --trainer.devices=1, or use --workers.")
-    config["model"] = {k: v for k, v in config["model"].items() if k not in ("layer", "layer_options", "data_shape")}
-    return config
+    model = config["model"]
+    model.pop("data_shape", None)
+    return Settings(config, model.pop("layer"), model.pop("layer_options") or {})
 
 
 def loggers(parsed: Parsed) -> list[Logger]:

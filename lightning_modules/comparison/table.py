@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from lightning_modules.comparison.result import Comparison, Metric, Summary
 
-__all__ = ["markdown_table", "rich_table"]
+__all__ = ["columns", "markdown_table", "notes", "report", "rich_table"]
+
+CAPTION = "mean ± standard deviation over the seeds; of a bias its standard error. Bold: the best of a column."
 
 
-def _columns(comparison: Comparison) -> list[str]:
-    return ["layer", "evaluations", *(metric.heading for metric in comparison.metrics)]
+def _shown(comparison: Comparison) -> list[Metric]:
+    """Metrics that can be better or worse; steps are in the title, where they are the budget."""
+    steps = {row.get("steps") for row in comparison.rows if row["status"] == "ok"}
+    return [m for m in comparison.metrics if m.better or (m.name == "steps" and len(steps) > 1)]
 
 
 def _cell(metric: Metric, summary: Summary) -> str:
     if metric.name not in summary.mean:
         return ""
     mean, spread = summary.mean[metric.name], summary.spread[metric.name]
+    if metric.error:
+        spread = summary.mean[metric.error]
     text = format(mean, metric.digits)
-    return text if math.isnan(spread) or not metric.better else f"{text} ± {format(spread, _spread_digits(metric))}"
+    return text if math.isnan(spread) else f"{text} ± {format(spread, _spread_digits(metric))}"
 
 
 def _spread_digits(metric: Metric) -> str:
@@ -35,55 +43,54 @@ def _rows(comparison: Comparison, sort: str | None) -> list[tuple[Summary, list[
         evaluations = summary.row["evaluations"]
         cells = [summary.label, "" if evaluations is None else str(evaluations)]
         best = set()
-        for number, metric in enumerate(comparison.metrics, start=len(cells)):
+        for number, metric in enumerate(_shown(comparison), start=len(cells)):
             cells.append(_cell(metric, summary))
             values = [s.mean[metric.name] for s in summaries if metric.name in s.mean]
             extreme = {"high": max, "low": min}.get(metric.better)
             if extreme and values and summary.mean.get(metric.name) == extreme(values):
                 best.add(number)
+        if summary.failed:
+            cells[2] = f"{cells[2]} {summary.failed} FAILED".strip()
         rows.append((summary, cells, best))
     return rows
 
 
-def _note(summary: Summary) -> str:
-    if not summary.failed:
-        return ""
-    of = f"{summary.failed} of {summary.failed + summary.runs} runs failed" if summary.runs else "failed"
-    return f"{of}: {summary.error}"
-
-
 def rich_table(comparison: Comparison, sort: str | None = None) -> Table:
-    """The layers, the best first: mean and standard deviation over the seeds, and why a run failed."""
-    rows = _rows(comparison, sort)
-    table = Table(title=comparison.title, caption=_caption(comparison))
-    for number, column in enumerate(_columns(comparison)):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
-    for summary, cells, best in rows:
-        cells = [f"[bold]{cell}[/bold]" if number in best else cell for number, cell in enumerate(cells)]
-        table.add_row(*cells, style=None if summary.runs else "red")
-    notes = [(summary.label, _note(summary)) for summary, _, _ in rows if summary.failed]
-    if notes:
-        table.add_section()
-        for label, note in notes:
-            # the sentence takes the width of the table, not that of a column
-            table.add_row(f"[red]{label}[/red]", *[""] * (len(_columns(comparison)) - 1))
-            table.caption = f"{table.caption}\n{label}: {note}"
+    """The layers, the best first, with mean and standard deviation over the seeds."""
+    table = Table(title=comparison.title, caption=CAPTION, title_justify="left", caption_justify="left")
+    for number, column in enumerate(columns(comparison)):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for summary, cells, best in _rows(comparison, sort):
+        marked = [
+            f"[bold]{escape(cell)}[/bold]" if number in best else escape(cell) for number, cell in enumerate(cells)
+        ]
+        table.add_row(*marked, style=None if summary.runs else "red")
     return table
 
 
-def _caption(comparison: Comparison) -> str:
-    seeds = {row["seed"] for row in comparison.rows}
-    spread = "± standard deviation over the seeds; " if len(seeds) > 1 else ""
-    return f"{spread}the best of each column in bold"
+def columns(comparison: Comparison) -> list[str]:
+    """The headings."""
+    return ["layer", "evaluations", *(metric.heading for metric in _shown(comparison))]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """A sentence for each layer of which a run failed, and for each that was left out."""
+    failed = [
+        f"{s.label}: {s.failed} of {s.failed + s.runs} failed: {s.error}" for s in comparison.summary() if s.failed
+    ]
+    return failed + [f"{label} was left out: {reason}" for label, reason in comparison.refused.items()]
+
+
+def report(comparison: Comparison, sort: str | None = None) -> Group:
+    """The table, and below it why runs failed and layers were left out."""
+    return Group(rich_table(comparison, sort), *(Text(note, style="dim") for note in notes(comparison)))
 
 
 def markdown_table(comparison: Comparison, sort: str | None = None) -> str:
     """The same as a Markdown table."""
-    columns = _columns(comparison)
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    for summary, cells, best in _rows(comparison, sort):
+    headings = columns(comparison)
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    for _, cells, best in _rows(comparison, sort):
         name, *rest = [f"**{cell}**" if number in best else cell for number, cell in enumerate(cells)]
-        if not summary.runs:
-            rest[-1] = _note(summary)
         lines.append("| " + " | ".join((f"`{name}`", *rest)) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\n{note}" for note in notes(comparison))])
