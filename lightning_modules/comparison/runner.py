@@ -14,68 +14,13 @@ from lightning_modules.comparison.measure import PROBE_EXAMPLES
 from lightning_modules.comparison.plan import Candidate, LayerSpec, Run, candidates, make_run
 from lightning_modules.comparison.pool import run_all
 from lightning_modules.comparison.result import METRICS, Comparison, Kind
-from lightning_modules.comparison.settings import Parsed, parse, settings_of
+from lightning_modules.comparison.settings import Parsed, Settings, settings_of
 
-__all__ = ["Budget", "compare", "compare_parsed"]
+__all__ = ["Budget", "compare_parsed"]
 
 DEFAULT_STEPS = 1000
 POINTS = 20
-SCORE_DRAWS = 512
-
-
-def compare(
-    layers: Sequence[LayerSpec] | None = None,
-    config: str | Path | Mapping[str, Any] | None = None,
-    *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    seeds: int | Sequence[int] = 3,
-    evaluations: int | None = None,
-    score: bool = False,
-    folder: str | Path = "runs/compare",
-    workers: int = 1,
-) -> Comparison:
-    """Train each layer on the same model and data under the same budget, or score all on one frozen state.
-
-    Equal treatment: the same seed gives encoder and decoder the same first weights, the data the same order, and the
-    noise the same random numbers; every evaluation draws from the same ones. Every run has a process of its own, so
-    that a failure stays with its layer, memory is measured from a fresh start, and finished runs survive whatever ends
-    the comparison: called again, it does what is missing. A run is told apart by a hash of all that it depends on.
-
-    Args:
-        layers: Names, or mappings ``{"name": ..., **options}``, where ``label`` may be given; by default all that take
-            the latent variables and the objective of the configuration.
-        config: What ``stochastic-layers fit --config`` takes, as a file or as a mapping: ``model``, ``data``,
-            ``trainer``, and ``ckpt_path`` for weights to start from. By default the demonstration's.
-        steps: Budget of optimizer steps; 1000 where neither budget is given.
-        seconds: Budget of training time, in which measurements do not count.
-        seeds: The seeds, or their number.
-        evaluations: Largest number of evaluations of the cost in one step and example, by which ``num_samples`` is
-            chosen; 4 by default, or those of the configuration's layer where it states ``num_samples``.
-        score: Compare gradients on the weights of ``ckpt_path`` or, without one, on those that the configuration's own
-            layer has reached after the budget with the first seed; see
-            :func:`~lightning_modules.scoring.score_layers`.
-        folder: Where results are kept.
-        workers: Processes at a time; with more than one, times are those of shared cores.
-
-    Raises:
-        ValueError: Unknown layers or options, a bad budget, or no layer that fits.
-
-    Example:
-        >>> import lightning_modules
-        >>> result = lightning_modules.compare(["reinforce", "disarm"], steps=500, seeds=2)  # doctest: +SKIP
-        >>> result.to_csv("comparison.csv")  # doctest: +SKIP
-    """
-    return compare_parsed(
-        parse(config),
-        layers,
-        budget=Budget.of(steps, seconds),
-        seeds=range(seeds) if isinstance(seeds, int) else seeds,
-        evaluations=evaluations,
-        score=score,
-        folder=Path(folder),
-        workers=workers,
-    )
+MIN_SCORE_DRAWS, SCORE_DRAWS, SCORE_EVALUATIONS = 8, 512, 2048
 
 
 @dataclass(frozen=True)
@@ -133,38 +78,39 @@ def compare_parsed(
     if not chosen:
         raise ValueError(f"needed a layer to compare, got none: {refused}.")
 
+    folder = folder / "runs"
     start = _fingerprint(parsed.config.get("ckpt_path"))
-    settings: dict[str, Any] = {"config": shared.config}
-    training = {"budget": {budget.unit: budget.value}, "points": POINTS, "start": start}
-    title = title_of(parsed)
+    title, settings = title_of(parsed), {"config": shared.config}
+    training = settings | {"budget": {budget.unit: budget.value}, "points": POINTS, "start": start}
     if not score:
-        settings |= training
+        settings = training
         # seed by seed, so that what there is after an interruption compares all layers
-        runs = [
-            make_run(folder / "runs", "training", candidate, seed, settings) for seed in seeds for candidate in chosen
-        ]
+        runs = [make_run(folder, "training", layer, seed, settings) for seed in seeds for layer in chosen]
         title += f", {budget}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     else:
-        if start is None:
-            trained = Candidate("the frozen state", shared.layer, shared.layer_options)
-            kept = settings | training | {"keep_weights": True}
-            run = make_run(folder / "runs", "training", trained, seeds[0], kept)
-            run_all([run], 1, console)
-            if not run.weights.is_file():
-                raise ValueError(f"needed weights to score on, but training {shared.layer!r} failed: {run.error}")
-            start = _fingerprint(str(run.weights))
-            title += f", frozen after {budget} of {parsed.model.layer.name}"
-        else:
-            title += f", frozen at {Path(start['path']).name}"
-        settings |= {
-            "state": [shared.layer, shared.layer_options],
-            "start": start,
-            "examples": PROBE_EXAMPLES,
-            "draws": SCORE_DRAWS,
-        }
-        runs = [make_run(folder / "runs", "scores", candidate, None, settings) for candidate in chosen]
+        frozen = start or _trained(shared, training, seeds[0], folder, console)
+        title += f", frozen at {Path(start['path']).name}" if start else f", frozen after {budget} of {shared.layer}"
+        settings |= {"state": [shared.layer, shared.layer_options], "start": frozen, "examples": PROBE_EXAMPLES}
+        runs = [make_run(folder, "scores", layer, None, settings | {"draws": _draws(layer)}) for layer in chosen]
     run_all([run for run in runs if not run.candidate.refusal], workers, console)
     return gather("scores" if score else "training", title, runs, refused, settings)
+
+
+def _trained(
+    shared: Settings, training: Mapping[str, Any], seed: int, folder: Path, console: Console | None
+) -> dict[str, str] | None:
+    """The weights that the configuration's own layer reaches."""
+    own = Candidate("the frozen state", str(shared.layer), shared.layer_options)
+    run = make_run(folder, "training", own, seed, dict(training) | {"keep_weights": True})
+    run_all([run], 1, console)
+    if not run.weights.is_file():
+        raise ValueError(f"needed weights to score on, but the training of {shared.layer!r} failed: {run.error}")
+    return _fingerprint(str(run.weights))
+
+
+def _draws(layer: Candidate) -> int:
+    """Redraws of the noise: fewer for a layer that enumerates, which has little or no noise and takes long."""
+    return max(MIN_SCORE_DRAWS, min(SCORE_DRAWS, SCORE_EVALUATIONS // (layer.evaluations or 1)))
 
 
 def _fingerprint(checkpoint: str | None) -> dict[str, str] | None:

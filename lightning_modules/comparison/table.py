@@ -61,9 +61,7 @@ def rich_table(comparison: Comparison, sort: str | None = None) -> Table:
     for number, column in enumerate(columns(comparison)):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for summary, cells, best in _rows(comparison, sort):
-        marked = [
-            f"[bold]{escape(cell)}[/bold]" if number in best else escape(cell) for number, cell in enumerate(cells)
-        ]
+        marked = [Text(cell, style="bold" if number in best else "") for number, cell in enumerate(cells)]
         table.add_row(*marked, style=None if summary.runs else "red")
     return table
 
