@@ -105,6 +105,9 @@ def make_run(folder: Path, kind: str, candidate: Candidate, seed: int | None, sp
         "seed": seed,
         "versions": versions,
     }
+    module = layer_class(candidate.name).__module__
+    if not module.startswith("stochastic_layers."):
+        full["module"] = module  # of a layer of one's own, which registers itself as it is imported
     what = "score" if seed is None else f"seed{seed}"
     return Run(candidate, seed, full, folder / f"{candidate.name}-{what}-{run_key(full)}.json")
 
@@ -162,6 +165,9 @@ def candidates(
 
 def _sized(label: str, name: str, options: dict[str, Any], evaluations: int, model: VAE) -> Candidate:
     """A candidate with the ``num_samples`` that comes closest to the evaluations from below."""
+    if layer_class(name).__module__ == "__main__":
+        refusal = f"needed a layer of a module, got {name!r} of the script itself, which no other process can import."
+        return Candidate(label, name, options, refusal=refusal)
     free = "num_samples" not in options and "num_samples" in inspect.signature(layer_class(name)).parameters
     refusal, found = "", []
     for num_samples in range(max(evaluations, DEFAULT_EVALUATIONS), 0, -1) if free else [None]:

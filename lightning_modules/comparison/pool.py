@@ -11,8 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -59,24 +58,26 @@ class _Processes:
 
     def __init__(self) -> None:
         self._alive: set[subprocess.Popen[str]] = set()
-        self._closed = False
+        self.killed = False
         self._lock = threading.Lock()
 
-    def start(self, *args: Any, **kwargs: Any) -> subprocess.Popen[str]:
+    @contextmanager
+    def started(self, program: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
         with self._lock:
-            if self._closed:
+            if self.killed:
                 raise RuntimeError("the comparison was ended.")
-            process = subprocess.Popen(*args, text=True, **kwargs)
+            process = subprocess.Popen(program, text=True, **options)
             self._alive.add(process)
-            return process
-
-    def ended(self, process: subprocess.Popen[str]) -> None:
-        with self._lock:
-            self._alive.discard(process)
+        try:
+            with suppress(BrokenPipeError), process:  # if it died at once, that shows when it is written to
+                yield process
+        finally:
+            with self._lock:
+                self._alive.discard(process)
 
     def kill(self) -> None:
         with self._lock:
-            self._closed = True
+            self.killed = True
             for process in self._alive:
                 process.kill()
 
@@ -92,26 +93,21 @@ def _run(run: Run, workers: int, processes: _Processes, progress: Progress) -> N
     run.path.unlink(missing_ok=True)  # a failure that is tried again
     label = run.candidate.label if run.seed is None else f"{run.candidate.label}, seed {run.seed}"
     with _task(progress, label) as show, tempfile.TemporaryFile("w+") as errors:
-        process = processes.start(
-            [sys.executable, "-m", __name__.replace("pool", "run"), str(run.path)],
+        with processes.started(
+            [sys.executable, "-m", "lightning_modules.comparison.run", str(run.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             env=_environment(workers),
             start_new_session=True,  # Ctrl-C is for the parent, which ends its children
-        )
-        assert process.stdin is not None and process.stdout is not None
-        try:
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
             process.stdin.write(json.dumps(run.spec) + "\n")
             process.stdin.flush()
-        except BrokenPipeError:  # it died at once; the reason is in `errors`
-            pass
-        for line in process.stdout:
-            show(json.loads(line))
-        process.wait()
-        process.stdin.close()
-        processes.ended(process)
-        if run.result() is None:
+            for line in process.stdout:
+                show(json.loads(line))
+            process.wait()  # with its standard input open, whose end would end it
+        if run.result() is None and not processes.killed:
             errors.seek(0)
             record = {"status": "failed", "error": _death(process.returncode, errors.read()), "spec": run.spec}
             write_text(run.path, json.dumps(record, indent=1) + "\n")
@@ -135,9 +131,7 @@ def _task(progress: Progress, label: str) -> Iterator[Callable[[dict[str, Any]],
 def _environment(workers: int) -> dict[str, str]:
     """That of this process, and an equal share of the cores unless the number of threads is set."""
     share = max(1, (os.cpu_count() or 1) // workers)
-    root = Path(__file__).resolve().parents[2]  # the library as it is here, installed or not
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"OMP_NUM_THREADS": str(share)} | os.environ | {"PYTHONPATH": path}
+    return {"OMP_NUM_THREADS": str(share)} | os.environ
 
 
 def _death(status: int, errors: str) -> str:

@@ -59,6 +59,7 @@ IDENTITY: dict[str, str] = {
     "error": "why the run failed; empty where it did not",
     "device": "what it ran on",
     "threads": "number of threads it ran with",
+    "reference": "what a score was compared with: `exact` or `average`, a long unbiased one; empty for training",
 }
 METRICS: dict[Kind, tuple[Metric, ...]] = {
     "training": (
@@ -220,7 +221,7 @@ class Comparison:
         for row in self.rows:
             grouped.setdefault(row["label"], []).append(row)
         summaries = [_summary(rows, names) for rows in grouped.values()]
-        return sorted(summaries, key=lambda s: (not s.runs, sign * s.mean.get(key, math.nan), s.label))
+        return sorted(summaries, key=lambda s: (not s.runs, sign * s.mean.get(key, sign * math.inf), s.label))
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """A copy of the rows."""

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def score(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def built(spec: Mapping[str, Any], layer: str, options: Mapping[str, Any] | None) -> Parsed:
     """Model, data and Trainer of a specification, with this layer."""
+    if "module" in spec:
+        import_module(spec["module"])
     config: dict[str, Any] = json.loads(json.dumps(spec["config"]))
     config["seed_everything"] = spec["seed"] or 0
     config["model"] |= {"layer": layer, "layer_options": options}

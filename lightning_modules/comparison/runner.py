@@ -80,7 +80,8 @@ def compare_parsed(
 
     folder = folder / "runs"
     start = _fingerprint(parsed.config.get("ckpt_path"))
-    title, settings = title_of(parsed), {"config": shared.config}
+    title = title_of(parsed)
+    settings: dict[str, Any] = {"config": shared.config}
     training = settings | {"budget": {budget.unit: budget.value}, "points": POINTS, "start": start}
     if not score:
         settings = training
@@ -136,7 +137,7 @@ def gather(
             **{key: candidate.options.get(key) for key in ("family", "latent_dim", "num_categories")},
             "evaluations": candidate.evaluations,
         }
-        measured = ("status", "error", "device", "threads", *(metric.name for metric in METRICS[kind]))
+        measured = ("status", "error", "device", "threads", "reference", *(metric.name for metric in METRICS[kind]))
         rows.append(identity | {key: record.get(key) for key in measured})
         curve = record.get("curve", {})
         for values in zip(*curve.values(), strict=True):
