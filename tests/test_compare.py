@@ -455,27 +455,27 @@ def test_a_process_that_dies_is_a_failed_run(small, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_an_interrupted_comparison_resumes_and_loses_no_finished_run(tmp_path, how):
-    words = ["compare", "--layers=reinforce,disarm,arm", "--steps=150", "--seeds=1", *SMALL]
+    words = ["compare", "--layers=reinforce,disarm", "--steps=60", "--seeds=1", *SMALL]
     program = [sys.executable, "-m", "lightning_modules.cli", *words]
     first = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     runs = tmp_path / "runs" / "compare" / "runs"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not list(runs.glob("*.json")):
         assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
     first.send_signal(getattr(signal, how))
     _, errors = first.communicate()
     if how != "SIGKILL":
         assert first.returncode == 130 and "interrupted" in errors
     kept = {p: p.stat().st_mtime_ns for p in runs.glob("*.json")}
-    assert 1 <= len(kept) < 3 and not any(json.loads(p.read_text())["error"] for p in kept)
+    assert len(kept) == 1 and not any(json.loads(p.read_text())["error"] for p in kept)
     assert not (tmp_path / "runs/compare/training.json").exists()
     time.sleep(2)
     assert not alive(str(runs))  # no run outlives its parent
     assert subprocess.run(program, cwd=tmp_path).returncode == 0
     assert all(p.stat().st_mtime_ns == before for p, before in kept.items())
     result = Comparison.from_json(tmp_path / "runs/compare/training.json")
-    assert len(result) == 3 and {row["status"] for row in result.rows} == {"ok"}
+    assert len(result) == 2 and {row["status"] for row in result.rows} == {"ok"}
 
 
 def alive(text):

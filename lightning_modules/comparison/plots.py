@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lightning_modules.comparison.result import Comparison, Metric
 
@@ -109,8 +109,11 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
         axes.set_title(f"{metric.heading}\n{arrow}", fontsize=9)
         axes.grid(axis="y", linewidth=0.4, color="0.85")
         axes.tick_params(axis="x", labelsize=8)
-        if metric.log and _spans_decades(comparison, metric):
+        ratio = _ratio([row[metric.name] for row in comparison.rows if row[metric.name] is not None])
+        if metric.log and ratio > 20:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if ratio < 300 else (1.0,), numticks=5))
+            axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -119,10 +122,9 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def _spans_decades(comparison: Comparison, metric: Metric) -> bool:
-    """Whether the values are positive and far enough apart for a logarithmic scale to have ticks."""
-    values = [row[metric.name] for row in comparison.rows if row[metric.name]]
-    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
+def _ratio(values: Sequence[float]) -> float:
+    """The largest value over the smallest; 0 where a logarithmic scale cannot show them."""
+    return max(values) / min(values) if values and min(values) > 0 else 0.0
 
 
 def _height(labels: Sequence[str]) -> float:
