@@ -269,8 +269,9 @@ def test_training_starts_from_a_checkpoint_whatever_its_layer(small, tmp_path):
     kept = tmp_path / "kept.ckpt"
     first = run.execute(spec("nvil").spec, weights=kept)
     assert first["status"] == "ok", first["error"]
-    parsed = parse(args=[f"--ckpt_path={kept}"])
-    shared = settings_of(parsed)
+    for parsed in (parse(args=[f"--ckpt_path={kept}"]), parse({"ckpt_path": str(kept)})):
+        shared = settings_of(parsed)
+        assert parsed.config["ckpt_path"] == str(kept)
     assert (shared.layer, shared.layer_options["latent_dim"]) == ("nvil", 4)
     assert shared.config["data"]["init_args"]["binarization"] == "dynamic"
     model = run.built(spec("disarm").spec, "disarm", {"latent_dim": 4}).model
@@ -400,6 +401,7 @@ def command(*args):
         (["--workers=0"], "needed workers >= 1"),
         (["--evaluations=0"], "needed evaluations >= 1"),
         (["--ckpt_path=nowhere.ckpt"], "which is no file"),
+        (["--score", "--model.layer=gaussian", "--model.objective=iwae"], "needed the objective 'elbo'"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(tmp_path, monkeypatch, args, message):

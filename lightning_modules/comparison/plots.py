@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from lightning_modules.comparison.result import Comparison, Metric
+from lightning_modules.comparison.result import Comparison
 
 __all__ = ["draw"]
 

@@ -70,6 +70,10 @@ def compare_parsed(
         raise ValueError(f"needed one seed or more, all different, got {list(seeds)}.")
     if workers < 1:
         raise ValueError(f"needed workers >= 1, got {workers}.")
+    if score and parsed.model.objective.name != "elbo":
+        raise ValueError(
+            f"needed the objective 'elbo' for scores, got {parsed.model.objective.name!r}; leave out --score."
+        )
     shared = settings_of(parsed)
     found = candidates(parsed.model, shared, layers, evaluations)
     # a layer that was named and cannot be stays, as one that failed

@@ -98,14 +98,17 @@ def parse(config: str | Path | Mapping[str, Any] | None = None, args: Sequence[s
 
 
 def _checkpoint_path(words: Sequence[str]) -> Path | None:
+    """The checkpoint that the command line, or a configuration file that it names, starts from."""
+    found = None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")
-        if option == "--ckpt_path":
-            path = Path(value or following)
-            if not path.is_file():
-                raise ValueError(f"needed a checkpoint as --ckpt_path, got {str(path)!r}, which is no file.")
-            return path
-    return None
+        if option == "--config" and Path(value or following).is_file():
+            found = (yaml.safe_load(Path(value or following).read_text()) or {}).get("ckpt_path") or found
+        elif option == "--ckpt_path":
+            found = value or following
+    if found is not None and not Path(found).is_file():
+        raise ValueError(f"needed a checkpoint as ckpt_path, got {str(found)!r}, which is no file.")
+    return None if found is None else Path(found)
 
 
 def _options_of(checkpoint: Path) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def settings_of(parsed: Parsed) -> Settings:
     Raises:
         ValueError: A run would take several devices.
     """
-    config: dict[str, Any] = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False, skip_validation=True))
+    config: dict[str, Any] = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))
     config = {key: value for key, value in config.items() if key not in OF_ONE_RUN}
     trainer = config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in TRAINER_OF_ONE_RUN}
     if trainer["devices"] == "auto":
