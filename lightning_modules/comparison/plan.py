@@ -81,6 +81,8 @@ class Run:
             record: dict[str, Any] = json.loads(self.path.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
+        if self.spec.get("keep_weights") and record.get("status") == "ok" and not self.weights.is_file():
+            return None
         return record if record.get("spec") == json.loads(canonical(self.spec)) else None
 
 

@@ -237,8 +237,9 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> None:
         """Write everything as JSON: the attributes of this object by name."""
-        record = {name: getattr(self, name) for name in ("kind", "title", "settings", "refused", "rows", "curves")}
-        write_text(Path(path), json.dumps(record, indent=1, allow_nan=False) + "\n")
+        values = {name: getattr(self, name) for name in ("kind", "title", "settings", "refused", "rows", "curves")}
+        lines = (f"{json.dumps(name)}: {_json(value)}" for name, value in values.items())
+        write_text(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
@@ -249,6 +250,13 @@ class Comparison:
         from lightning_modules.comparison.table import report
 
         return report(self)
+
+
+def _json(value: Any) -> str:
+    """JSON with one record a line."""
+    if not isinstance(value, list):
+        return json.dumps(value, allow_nan=False)
+    return "[\n" + ",\n".join(json.dumps(record, allow_nan=False) for record in value) + "\n]"
 
 
 def _summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Summary:

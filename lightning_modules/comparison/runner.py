@@ -82,7 +82,7 @@ def compare_parsed(
     if not chosen:
         raise ValueError(f"needed a layer to compare, got none: {refused}.")
 
-    folder = folder / "runs"
+    folder, own = folder / "runs", parsed.model.layer
     start = _fingerprint(parsed.config.get("ckpt_path"))
     title = title_of(parsed)
     settings: dict[str, Any] = {"config": shared.config}
@@ -94,7 +94,7 @@ def compare_parsed(
         title += f", {budget}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     else:
         frozen = start or _trained(shared, training, seeds[0], folder, console)
-        title += f", frozen at {Path(start['path']).name}" if start else f", frozen after {budget} of {shared.layer}"
+        title += f", frozen at {Path(start['path']).name}" if start else f", frozen after {budget} of {own.name}"
         settings |= {"state": [shared.layer, shared.layer_options], "start": frozen, "examples": PROBE_EXAMPLES}
         runs = [make_run(folder, "scores", layer, None, settings | {"draws": _draws(layer)}) for layer in chosen]
     run_all([run for run in runs if not run.candidate.refusal], workers, console)
