@@ -1,8 +1,9 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
-from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
+from lightning_modules.callbacks import GradientVarianceMonitor, Pictures, Report, ReproducibleNoise
 from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.comparison import Comparison, compare
+from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
     BernoulliLikelihood,
@@ -28,6 +29,8 @@ __all__ = [
     "Comparison",
     "DiscretizedLogistic",
     "GaussianLikelihood",
+    "GradientMoments",
+    "GradientVarianceMonitor",
     "HierarchicalVAE",
     "LayerScore",
     "LayerScores",

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules.data.binarize import mix64
 
-__all__ = ["ReproducibleNoise"]
+__all__ = ["ReproducibleNoise", "seed_generators"]
 
 _FIT, _VALIDATE, _TEST, _PREDICT = range(4)
 
@@ -46,12 +46,7 @@ class ReproducibleNoise(Callback):
     def _reseed(self, trainer: Trainer, *position: int) -> None:
         assert self.seed is not None
         seed = mix64(self.seed, trainer.global_rank if self.mode == "per_rank" else 0, *position)
-        # Not torch.manual_seed: without a GPU it appends the call, with a formatted stack, to a list that is played
-        # when CUDA is initialised. At every batch that is a tenth of a small step, and the list grows for ever.
-        torch.default_generator.manual_seed(seed)
-        device = trainer.strategy.root_device
-        if device.type != "cpu":
-            getattr(torch, device.type).manual_seed(seed)
+        seed_generators(seed, trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._reseed(trainer, _FIT, trainer.current_epoch, batch_idx)
@@ -109,3 +104,12 @@ class ReproducibleNoise(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the CPU's generator and that of a device."""
+    # Not torch.manual_seed: without a GPU it appends the call, with a formatted stack, to a list that is played when
+    # CUDA is initialised. At every batch that is a tenth of a small step, and the list grows for ever.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)

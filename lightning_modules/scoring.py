@@ -27,7 +27,7 @@ from stochastic_layers.layer import sum_rightmost
 from stochastic_layers.redraws import MAX_BYTES
 from stochastic_layers.reference import MAX_OUTCOMES
 
-__all__ = ["LayerScore", "LayerScores", "score_layers"]
+__all__ = ["LayerScore", "LayerScores", "Layers", "layer_statistics", "score_layers"]
 
 Layers = Sequence["str | StochasticLayer"] | Mapping[str, "str | StochasticLayer | Mapping[str, Any]"]
 
@@ -134,7 +134,8 @@ def score_layers(
         x: Data ``[B, *data_shape]``; a handful of examples is enough.
         layers: Registered names or layers; or a mapping from names of your choice to a registered name, a layer, or the
             options of one, ``{"name": ..., **options}``, where ``"name"`` may be left out if the key is registered. By
-            default every registered layer of the same family. Sizes and family are those of the model.
+            default the model's own layer as it is, and every other registered layer of the same family. Sizes and
+            family are those of the model.
         num_draws: Number of redraws for each layer, at least 2.
         reference: See :func:`~stochastic_layers.diagnostics.gradient_statistics`.
         reference_draws: See :func:`~stochastic_layers.diagnostics.gradient_statistics`.
@@ -153,6 +154,48 @@ def score_layers(
         [('disarm', 2, 'exact'), ('straight_through', 1, 'exact')]
         >>> list(scores.refused)
         ['gaussian']
+    """
+    statistics, refused = layer_statistics(
+        model,
+        x,
+        layers,
+        num_draws=num_draws,
+        reference=reference,
+        reference_draws=reference_draws,
+        max_outcomes=max_outcomes,
+        max_bytes=max_bytes,
+    )
+    rows = tuple(LayerScore.of(name, layer, found) for name, (layer, found) in statistics.items())
+    return LayerScores(rows, refused)
+
+
+def layer_statistics(
+    model: VAE,
+    x: Tensor,
+    layers: Layers | None = None,
+    *,
+    num_draws: int = 256,
+    reference: Literal["auto", "exact", "average"] | Reference | None = "auto",
+    reference_draws: int = 1024,
+    max_outcomes: int = MAX_OUTCOMES,
+    chunk_size: int | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[dict[str, tuple[StochasticLayer, GradientStatistics]], dict[str, str]]:
+    """What :func:`score_layers` summarises: name -> (layer, statistics), and name -> why a layer does not fit.
+
+    Args:
+        model: See :func:`score_layers`.
+        x: See :func:`score_layers`.
+        layers: See :func:`score_layers`.
+        num_draws: See :func:`score_layers`.
+        reference: See :func:`score_layers`.
+        reference_draws: See :func:`score_layers`.
+        max_outcomes: See :func:`score_layers`.
+        chunk_size: Largest number of redraws in one pass; by default as many as ``max_bytes`` allow.
+        max_bytes: See :func:`score_layers`.
+
+    Raises:
+        ValueError: See :func:`score_layers`.
     """
     if not isinstance(model, VAE):
         raise ValueError(f"needed a VAE, whose one layer can be exchanged, got {type(model).__name__}.")
@@ -176,7 +219,7 @@ def score_layers(
                 max_bytes=max_bytes,
                 known=state.known,
             )
-        rows: list[LayerScore] = []
+        measured: dict[str, tuple[StochasticLayer, GradientStatistics]] = {}
         refused: dict[str, str] = {}
         for name, spec in _specs(layers, model.layer).items():
             try:
@@ -187,6 +230,7 @@ def score_layers(
                     state.cost,
                     num_draws=num_draws,
                     reference=reference,
+                    chunk_size=chunk_size,
                     max_bytes=max_bytes,
                     context=state.context(layer),
                     known=state.known,
@@ -194,8 +238,8 @@ def score_layers(
             except ValueError as error:  # its sentence says what does not fit
                 refused[name] = str(error)
                 continue
-            rows.append(LayerScore.of(name, layer, statistics))
-    return LayerScores(tuple(rows), refused)
+            measured[name] = layer, statistics
+    return measured, refused
 
 
 class _Frozen:
@@ -250,7 +294,7 @@ class _Frozen:
 
 def _specs(layers: Layers | None, own: StochasticLayer) -> dict[str, str | StochasticLayer | Mapping[str, Any]]:
     if layers is None:
-        layers = sl.list_layers(family=own.family.name)
+        return {name: own if name == own.name else name for name in sl.list_layers(family=own.family.name)}
     if isinstance(layers, str):
         raise ValueError(f"needed a list of layers, or a mapping from names to layers, got {layers!r}.")
     if isinstance(layers, Mapping):

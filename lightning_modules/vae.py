@@ -121,6 +121,10 @@ class VAE(LatentVariableModel[Terms]):
     def stochastic_layers(self) -> list[StochasticLayer]:
         return [self.layer]
 
+    @property
+    def inference_networks(self) -> list[nn.Module]:
+        return [self.encoder]
+
     def _dry_run(self) -> str:
         """Send two examples through, so that parts that do not fit are found at construction."""
         modes = {m: m.training for m in self.modules()}

@@ -125,7 +125,8 @@ def _enumerable(
         return f"needed a Bernoulli or categorical layer for an exact reference, got family {layer.family.name!r}", ()
     batch = params.shape[:-1]
     with torch.no_grad():
-        cost = cost_of(_sample_at(layer, params, torch.zeros(1, math.prod(batch), dtype=torch.long), batch))
+        q = layer.distribution(params.unsqueeze(0))
+        cost = cost_of(layer._sample(q, layer.family.mode(q).to(params.dtype).unsqueeze(0)))
     event = tuple(batch[max(cost.dim() - 2, 0) :])
     exponent = layer.latent_dim * math.prod(event)
     if exponent > max_outcomes.bit_length() or radix**exponent > max_outcomes:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_modules.base import LatentVariableModel, data_of
 from lightning_modules.data.binarize import mix64
+from lightning_modules.noise import seed_generators
 from stochastic_layers.preserved import preserved
 
 __all__ = ["Measurement", "bounds", "held_out", "peak_memory"]
@@ -38,7 +39,7 @@ def bounds(model: LatentVariableModel[Any], batches: Iterable[Tensor], num_draws
     with preserved(model):
         model.eval()
         for number, x in enumerate(batches):
-            torch.manual_seed(mix64(EVALUATION, number))
+            seed_generators(mix64(EVALUATION, number), model.device)
             x = x.to(model.device)
             log_weights = model.log_weights(x, model.encode(x), num_draws).double()  # [num_draws, B]
             elbo = elbo + log_weights.mean(0).sum().cpu()

@@ -22,6 +22,7 @@ from lightning_modules.comparison.measure import Measurement, held_out
 from lightning_modules.comparison.result import write_text
 from lightning_modules.comparison.settings import Parsed
 from lightning_modules.data.binarize import mix64
+from lightning_modules.noise import seed_generators
 from lightning_modules.scoring import score_layers
 from lightning_modules.vae import VAE
 
@@ -89,7 +90,9 @@ def score(spec: Mapping[str, Any]) -> dict[str, Any]:
     data.setup()
     x = next(iter(held_out(data.val_dataloader())))[: spec["examples"]]
     model.to(parsed.trainer.strategy.root_device).train()
-    torch.manual_seed(mix64(spec["seed"] or 0))  # the reference, where it is an average, is the same in every process
+    seed_generators(
+        mix64(spec["seed"] or 0), model.device
+    )  # the reference, where it is an average, is the same in every process
     scores = score_layers(model, x, {"it": {"name": spec["layer"], **spec["layer_options"]}}, num_draws=spec["draws"])
     if not scores.rows:
         raise ValueError(scores.refused["it"])
