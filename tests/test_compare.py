@@ -308,7 +308,7 @@ def test_scores_hold_all_layers_to_one_exact_gradient(small, tmp_path):
     scores = gather("scores", "a title", list(runs.values()), {}, {})
     assert scores.summary()[0].label == "enumeration"
     assert "bias" in markdown_table(scores)
-    assert [p.name for p in plots.draw(scores, tmp_path)] == ["dots.png"]
+    assert [p.name for p in plots.draw(scores, tmp_path)] == ["scores-dots.png"]
 
 
 # ---- the result
@@ -366,7 +366,11 @@ def test_pictures_are_drawn_and_name_every_layer(tmp_path):
     heights = sorted(t.xyann[1] for t in figure.axes[0].texts)
     assert min(b - a for a, b in pairwise(heights)) > 0.02  # no name on another
     assert len({(plots.style(i)["color"], plots.style(i)["linestyle"]) for i in range(28)}) == 28
-    assert [p.name for p in plots.draw(result, tmp_path)] == ["dots.png", "elbo.png", "variance.png"]
+    assert [p.name for p in plots.draw(result, tmp_path)] == [
+        "training-dots.png",
+        "training-elbo.png",
+        "training-variance.png",
+    ]
     assert all(p.stat().st_size > 10_000 for p in tmp_path.glob("*.png"))
     assert plots.draw(some_result({"broken": [None]}), tmp_path / "none") == []
 
@@ -376,10 +380,10 @@ def test_w_and_b_gets_the_table_and_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     result = some_result({"a": [-20.0, -21.0], "b": [None, -30.0]})
     logger = WandbLogger(save_dir=tmp_path, offline=True)
-    publish(result, [p for p in plots.draw(result, tmp_path / "plots") if p.stem == "dots"], [logger])
+    publish(result, [p for p in plots.draw(result, tmp_path / "plots") if p.stem.endswith("dots")], [logger])
     media = [p.name for p in (tmp_path / "wandb").rglob("media/**/*") if p.is_file()]
     assert any(n.startswith("runs_") for n in media) and any(n.startswith("curves_") for n in media)
-    assert any(n.startswith("dots_") for n in media)
+    assert any(n.startswith("training-dots_") for n in media)
 
 
 # ---- processes, the command line and interruptions
@@ -397,6 +401,7 @@ def command(*args):
         (["--layers=reinforc"], "did you mean 'reinforce'"),
         (["--steps=5", "--seconds=5"], "needed one budget"),
         (["--steps=0"], "needed steps > 0"),
+        (["--sort=elbow"], "needed a metric to sort by"),
         (["--seeds=1,1"], "all different"),
         (["--workers=0"], "needed workers >= 1"),
         (["--evaluations=0"], "needed evaluations >= 1"),
@@ -427,7 +432,7 @@ def test_each_run_has_a_process_and_a_second_call_does_what_is_missing(tmp_path,
     folder = tmp_path / "runs" / "compare"
     assert {p.name for p in folder.iterdir() if p.is_file()} == {
         *(f"training.{kind}" for kind in ("json", "csv", "md")),
-        *(f"{name}.png" for name in ("dots", "elbo", "variance")),
+        *(f"training-{name}.png" for name in ("dots", "elbo", "variance")),
     }
     (kept,) = (folder / "runs").glob("*.json")
     before = kept.stat().st_mtime_ns

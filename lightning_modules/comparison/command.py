@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightning_modules.comparison.plots import draw
 from lightning_modules.comparison.publish import publish
-from lightning_modules.comparison.result import Comparison, write_text
+from lightning_modules.comparison.result import METRICS, Comparison, sorting, write_text
 from lightning_modules.comparison.runner import DEFAULT_STEPS, Budget, compare_parsed
 from lightning_modules.comparison.settings import loggers, parse
 from lightning_modules.comparison.table import markdown_table, notes, rich_table
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
 def main(rest: Sequence[str]) -> int:
     """Run ``stochastic-layers compare`` and return its exit status: 1 where a run failed."""
     options, words = parser().parse_known_args(list(rest))
+    sorting(METRICS["scores" if options.score else "training"], options.sort)  # a mistake is found now, not after hours
     parsed = parse(args=words)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -115,7 +116,7 @@ def write(comparison: Comparison, folder: Path, sort: str | None = None) -> list
     comparison.to_json(folder / f"{name}.json")
     comparison.to_csv(folder / f"{name}.csv")
     write_text(folder / f"{name}.md", f"{comparison.title}\n\n{markdown_table(comparison, sort)}\n")
-    return [*(folder / f"{name}.{kind}" for kind in ("json", "csv", "md")), *draw(comparison, folder)]
+    return [*(folder / f"{name}.{kind}" for kind in ("json", "csv", "md")), *draw(comparison, folder, sort)]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

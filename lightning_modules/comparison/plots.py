@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ __all__ = ["draw"]
 
 # Okabe and Ito's colours, which people of all kinds of colour vision tell apart; yellow is left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-EXACT = 1e-9
+EXACT = 1e-9  # part of the largest value below which there is nothing but rounding
 STYLES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 
 
-def draw(comparison: Comparison, folder: Path) -> list[Path]:
+def draw(comparison: Comparison, folder: Path, sort: str | None = None) -> list[Path]:
     """Write the pictures and return their paths; none where every run failed."""
-    labels = [s.label for s in comparison.summary() if s.runs]
+    labels = [s.label for s in comparison.summary(sort) if s.runs]
     if not labels:
         return []
     figures = {"dots": dots(comparison, labels)}
@@ -33,7 +34,7 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
+        paths.append(folder / f"{comparison.kind}-{name}.png")
         figure.savefig(paths[-1], dpi=130)
     return paths
 
@@ -81,7 +82,7 @@ def variance_curves(comparison: Comparison, labels: Sequence[str]) -> Figure:
     ends = {}
     for number, label in enumerate(labels):
         xs, ys = mean_curve(comparison, label, "step", "grad_variance")
-        if ys[-1] > EXACT:  # an exact layer has none, but for rounding
+        if ys[-1] > EXACT:  # an exact layer has none
             axes.plot(xs, ys, linewidth=1.3, **style(number))
             ends[label] = ys[-1]
     axes.set_yscale("log")
@@ -97,11 +98,18 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
     figure.suptitle(comparison.title, fontsize=10)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
+        every = [row[metric.name] for row in comparison.rows if row[metric.name] is not None]
+        floor = EXACT * max(every, default=0.0) if metric.log else -math.inf
+        ratio = _ratio([value for value in every if value > floor])
         for number, label in enumerate(labels):
             rows = [r for r in comparison.rows if r["label"] == label and r[metric.name] is not None]
-            values = [row[metric.name] for row in rows]
+            values = [row[metric.name] for row in rows if row[metric.name] > floor]
             colour = COLOURS[0] if metric.better == "high" else COLOURS[1]
             axes.plot(values, [number] * len(values), "o", markersize=5, alpha=0.75, color=colour)
+            if len(values) < len(rows):  # nothing but rounding: a logarithmic scale has no place for it
+                axes.text(
+                    0.03, number, "0", transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=colour
+                )
             if metric.error:
                 errors = [row[metric.error] for row in rows]
                 axes.errorbar(values, [number] * len(values), xerr=errors, fmt="none", linewidth=1, color=colour)
@@ -109,7 +117,6 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
         axes.set_title(f"{metric.heading}\n{arrow}", fontsize=9)
         axes.grid(axis="y", linewidth=0.4, color="0.85")
         axes.tick_params(axis="x", labelsize=8)
-        ratio = _ratio([row[metric.name] for row in comparison.rows if row[metric.name] is not None])
         if metric.log and ratio > 20:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if ratio < 300 else (1.0,), numticks=5))

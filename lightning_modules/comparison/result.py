@@ -213,10 +213,8 @@ class Comparison:
             ValueError: Unknown metric.
         """
         names = [metric.name for metric in self.metrics]
-        key = names[0] if sort is None else sort
-        if key not in names:
-            raise ValueError(f"needed a metric to sort by, got {key!r}; valid ones: {', '.join(names)}.")
-        sign = -1 if self.metrics[names.index(key)].better == "high" else 1
+        by = sorting(self.metrics, sort)
+        key, sign = by.name, -1 if by.better == "high" else 1
         grouped: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             grouped.setdefault(row["label"], []).append(row)
@@ -250,6 +248,18 @@ class Comparison:
         from lightning_modules.comparison.table import report
 
         return report(self)
+
+
+def sorting(metrics: Sequence[Metric], name: str | None) -> Metric:
+    """The metric of this name, by default the first.
+
+    Raises:
+        ValueError: There is none.
+    """
+    known = {metric.name: metric for metric in metrics}
+    if name is not None and name not in known:
+        raise ValueError(f"needed a metric to sort by, got {name!r}; valid ones: {', '.join(known)}.")
+    return known[name] if name is not None else metrics[0]
 
 
 def _json(value: Any) -> str:
