@@ -518,3 +518,16 @@ def test_the_page_documents_every_column():
     for metrics in METRICS.values():
         for metric in metrics:
             assert f"| `{metric.name}` | {metric.meaning} |" in text
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_results():
+    if not DOCS.is_dir():
+        pytest.skip("docs/ is not part of a release")
+    text = (DOCS / "compare.md").read_text()
+    tables = dict(re.findall(r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->", text, re.S))
+    results = {p.name: p for p in (DOCS.parent / "benchmarks" / "results" / "compare").glob("*.json")}
+    assert set(tables) == set(results)
+    for name, path in results.items():
+        comparison = Comparison.from_json(path)
+        assert tables[name] == markdown_table(comparison), f"paste markdown_table(Comparison.from_json({name!r}))"
+        assert {row["status"] for row in comparison.rows} == {"ok"} and comparison.columns == list(comparison.rows[0])

@@ -28,11 +28,11 @@ def _cell(metric: Metric, summary: Summary) -> str:
     if metric.error:
         spread = summary.mean[metric.error]
     text = format(mean, metric.digits)
-    return text if math.isnan(spread) else f"{text} ± {format(spread, _spread_digits(metric))}"
-
-
-def _spread_digits(metric: Metric) -> str:
-    return ".1g" if metric.digits.endswith("g") else metric.digits
+    if math.isnan(spread):
+        return text
+    # of a spread one digit is known, if that
+    digits = f"{float(format(spread, '.1g')):g}" if metric.digits.endswith("g") else format(spread, metric.digits)
+    return f"{text} ± {digits}"
 
 
 def _rows(comparison: Comparison, sort: str | None) -> list[tuple[Summary, list[str], set[int]]]:
