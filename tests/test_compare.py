@@ -464,7 +464,13 @@ def test_a_process_that_dies_is_a_failed_run(small, monkeypatch):
 def test_an_interrupted_comparison_resumes_and_loses_no_finished_run(tmp_path, how):
     words = ["compare", "--layers=reinforce,disarm", "--steps=60", "--seeds=1", *SMALL]
     program = [sys.executable, "-m", "lightning_modules.cli", *words]
-    first = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        program,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     runs = tmp_path / "runs" / "compare" / "runs"
     deadline = time.monotonic() + 600
     while not list(runs.glob("*.json")):
