@@ -24,7 +24,7 @@ from lightning_modules.comparison.plan import Candidate, candidates, make_run
 from lightning_modules.comparison.publish import publish
 from lightning_modules.comparison.result import IDENTITY, METRICS
 from lightning_modules.comparison.runner import Budget, gather
-from lightning_modules.comparison.settings import parse, settings_of
+from lightning_modules.comparison.settings import loggers, parse, settings_of
 from lightning_modules.comparison.table import markdown_table, notes, rich_table
 from stochastic_layers import registry
 
@@ -379,8 +379,10 @@ def test_w_and_b_gets_the_table_and_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     result = some_result({"a": [-20.0, -21.0], "b": [None, -30.0]})
-    logger = WandbLogger(save_dir=tmp_path, offline=True)
-    publish(result, [p for p in plots.draw(result, tmp_path / "plots") if p.stem.endswith("dots")], [logger])
+    words = ["--trainer.logger=WandbLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.offline=true"]
+    found = loggers(parse(args=words))
+    assert [type(logger) for logger in found] == [WandbLogger]
+    publish(result, [p for p in plots.draw(result, tmp_path / "plots") if p.stem.endswith("dots")], found)
     media = [p.name for p in (tmp_path / "wandb").rglob("media/**/*") if p.is_file()]
     assert any(n.startswith("runs_") for n in media) and any(n.startswith("curves_") for n in media)
     assert any(n.startswith("training-dots_") for n in media)
