@@ -30,9 +30,8 @@ def _cell(metric: Metric, summary: Summary) -> str:
     text = format(mean, metric.digits)
     if math.isnan(spread):
         return text
-    # of a spread one digit is known, if that
-    digits = f"{float(format(spread, '.1g')):g}" if metric.digits.endswith("g") else format(spread, metric.digits)
-    return f"{text} ± {digits}"
+    digits = format(spread, ".1g" if metric.digits.endswith("g") else metric.digits)  # one digit of a spread is known
+    return f"{text} ± {digits if 'e' in text or 'e' not in digits else format(float(digits), 'g')}"
 
 
 def _rows(comparison: Comparison, sort: str | None) -> list[tuple[Summary, list[str], set[int]]]:
