@@ -1,6 +1,13 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
-from lightning_modules.callbacks import GradientVarianceMonitor, Pictures, Report, ReproducibleNoise
+from lightning_modules.callbacks import (
+    CollapseWarning,
+    GradientVarianceMonitor,
+    Pictures,
+    Report,
+    ReproducibleNoise,
+    TemperatureSchedule,
+)
 from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.comparison import Comparison, compare
 from lightning_modules.gradient_moments import GradientMoments
@@ -26,6 +33,7 @@ __all__ = [
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
+    "CollapseWarning",
     "Comparison",
     "DiscretizedLogistic",
     "GaussianLikelihood",
@@ -44,6 +52,7 @@ __all__ = [
     "ReproducibleNoise",
     "StandardPrior",
     "StochasticClassifier",
+    "TemperatureSchedule",
     "Terms",
     "compare",
     "score_layers",

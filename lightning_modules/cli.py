@@ -18,7 +18,7 @@ from rich.table import Table
 
 import stochastic_layers as sl
 from lightning_modules import certify
-from lightning_modules.callbacks import Pictures, Report
+from lightning_modules.callbacks import CollapseWarning, Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
@@ -97,6 +97,8 @@ class CLI(LightningCLI):
         patience = self._get(self.config_init, "patience")
         if patience is not None:
             callbacks.append(EarlyStopping("val/elbo", mode="max", patience=patience))
+        if not any(isinstance(callback, CollapseWarning) for callback in callbacks):
+            callbacks.append(CollapseWarning())
         callbacks.append(Report())
         return trainer
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.base import LatentVariableModel, at_least_float32
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
+from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.networks import MLPDecoder, MLPEncoder
 from lightning_modules.objectives import ELBO, Objective
@@ -83,8 +84,8 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     estimated on the draws.
 
     Logs the keys of :class:`VAE`; ``train/grad_variance`` is the sum over the layers, ``train/grad_variance/<l>`` (from
-    1, at the data) that of one layer. For l > 1 it includes the variation of the draws below, from which its params are
-    computed.
+    1, at the data) that of one layer, and likewise ``train/grad_snr``. For l > 1 it includes the variation of the draws
+    below, from which its params are computed.
 
     Args:
         layers: From the data upwards: names of layers, mappings ``{"name": ..., **options}``, or layers.
@@ -172,6 +173,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         self.upwards = nn.ModuleList(MLPEncoder([a.out_features], b.in_features, hidden_features) for a, b in pairs)
         self.downwards = nn.ModuleList(MLPDecoder(b.out_features, [a.in_features], hidden_features) for a, b in pairs)
         self.kl_method = self._dry_run()
+        self.evaluations = evaluations(first, (), None, self.iwae_samples)
 
     def _dry_run(self) -> str:
         """Send two examples through, so that parts that do not fit are found at construction."""
@@ -249,8 +251,11 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         return terms.fold(1.0, self.objective.weight(self.global_step))
 
     def bound(self, terms: HierarchicalTerms) -> dict[str, Tensor]:
-        reconstruction, kl = -terms.fold(1.0, 0.0).mean(), terms.fold(0.0, 1.0).mean()
+        reconstruction, kl = -terms.fold(1.0, 0.0), terms.fold(0.0, 1.0)
         return {"elbo": reconstruction - kl, "kl": kl, "reconstruction": reconstruction}
+
+    def posterior(self, terms: HierarchicalTerms) -> Distribution:
+        return terms.samples[0].q
 
     def log_weights(self, x: Tensor, params: Tensor, num_samples: int) -> Tensor:
         layers = self.stochastic_layers

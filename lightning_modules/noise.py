@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules.data.binarize import mix64
+from stochastic_layers.preserved import seed_generators
 
-__all__ = ["ReproducibleNoise", "seed_generators"]
+__all__ = ["ReproducibleNoise"]
 
 _FIT, _VALIDATE, _TEST, _PREDICT = range(4)
 
@@ -104,12 +105,3 @@ class ReproducibleNoise(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the CPU's generator and that of a device."""
-    # Not torch.manual_seed: without a GPU it appends the call, with a formatted stack, to a list that is played when
-    # CUDA is initialised. At every batch that is a tenth of a small step, and the list grows for ever.
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        getattr(torch, device.type).manual_seed(seed)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.base import LatentVariableModel, at_least_float32
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
+from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.objectives import Objective, Terms
 from lightning_modules.priors import Prior, kl_per_latent
@@ -30,9 +31,9 @@ class VAE(LatentVariableModel[Terms]):
     ``<stage>/kl``, ``<stage>/reconstruction`` (:math:`E_q \log p(x \mid z)`), ``<stage>/iwae`` where asked, and
     ``train/grad_variance`` and ``train/grad_snr``: total variance and signal-to-noise ratio of the gradient of the
     objective (all its terms) with respect to the layer's params, at fixed params and data, per example
-    (:class:`~stochastic_layers.diagnostics.GradientStatistics`). An objective other than the ELBO also logs its own
-    value under its own name (``train/iwae``, ``train/tvo``, ...). Training values are those of the batch at every
-    ``log_every_n_steps``.
+    (:class:`~stochastic_layers.diagnostics.GradientStatistics`), by the :class:`GradientVarianceMonitor` that the model
+    has unless the Trainer was given one. An objective other than the ELBO also logs its own value under its own name
+    (``train/iwae``, ``train/tvo``, ...). Training values are those of the batch at every ``log_every_n_steps``.
 
     Every argument that names a part takes a name, a mapping ``{"name": ..., **options}``, or an object. Objects are not
     kept in checkpoints: pass them again to ``load_from_checkpoint``.
@@ -116,6 +117,7 @@ class VAE(LatentVariableModel[Terms]):
         self.encoder = build_encoder(encoder, self.data_shape, self.layer.in_features)
         self.decoder = build_decoder(decoder, self.layer.out_features, self.output_shape)
         self.kl_method = self._dry_run()
+        self.evaluations = evaluations(self.layer, self.latent_shape, self._num_kl_terms, self.iwae_samples)
 
     @property
     def stochastic_layers(self) -> list[StochasticLayer]:
@@ -192,13 +194,19 @@ class VAE(LatentVariableModel[Terms]):
     def bound(self, terms: Terms) -> dict[str, Tensor]:
         weights = terms.sample.weights
         weights = weights.reshape(*weights.shape, *[1] * (2 - weights.dim()))
-        reconstruction = (weights * terms.log_likelihood).sum(0).mean()
+        reconstruction = (weights * terms.log_likelihood).sum(0)
         if terms.kl is not None:
-            kl = terms.kl.sum(-1).mean()
+            kl = terms.kl.sum(-1)
         else:
             assert terms.log_q is not None and terms.log_prior is not None
-            kl = (weights * (terms.log_q - terms.log_prior)).sum(0).mean()
+            kl = (weights * (terms.log_q - terms.log_prior)).sum(0)
         return {"elbo": reconstruction - kl, "kl": kl, "reconstruction": reconstruction}
+
+    def posterior(self, terms: Terms) -> Distribution:
+        return terms.sample.q
+
+    def kl_of_latents(self, terms: Terms) -> Tensor | None:
+        return terms.kl
 
     def log_weights(self, x: Tensor, params: Tensor, num_samples: int) -> Tensor:
         q = self.layer.distribution(params)
@@ -211,6 +219,12 @@ class VAE(LatentVariableModel[Terms]):
         features = getattr(getattr(layer, "baseline", None), "context_features", layer.in_features)
         wants_data = features == math.prod(self.data_shape) != layer.in_features
         return x.flatten(1) if params.dim() == 2 and wants_data else None
+
+    @property
+    def _num_kl_terms(self) -> int | None:
+        """Number L of the columns of :attr:`Terms.kl`."""
+        kl = self.closed_form_kl(self.layer.distribution(torch.zeros(1, *self.latent_shape, self.layer.in_features)))
+        return None if kl is None else kl.shape[1]
 
     def closed_form_kl(self, q: Distribution) -> Tensor | None:
         """KL(q || prior) per latent variable ``[B, L]``, ``None`` where it has no closed form."""

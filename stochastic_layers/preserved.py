@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["preserved", "restored_buffers"]
+__all__ = ["preserved", "restored_buffers", "seed_generators"]
 
 
 @contextmanager
@@ -40,3 +40,12 @@ def restored_buffers(*modules: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
                 if getattr(owner, name) is not buffer:
                     setattr(owner, name, buffer)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the CPU's generator and that of a device."""
+    # Not torch.manual_seed: without a GPU it appends the call, with a formatted stack, to a list that is played when
+    # CUDA is initialised. At every batch that is a tenth of a small step, and the list grows for ever.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from stochastic_layers.families import BernoulliFamily, CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.point_mass import QuantizedFamily
-from stochastic_layers.preserved import preserved
+from stochastic_layers.preserved import preserved, seed_generators
 from stochastic_layers.redraws import MAX_BYTES, CostOfSample, Draw, SavedBytes, redraw
 
 __all__ = ["Reference", "ReferenceKind", "gradient_reference"]
@@ -106,6 +106,8 @@ def gradient_reference(
                 return Reference(gradient, torch.zeros_like(gradient), None, "exact")
             if kind == "exact":
                 raise ValueError(f"{reason}; use reference='average', or 'auto'.")
+        # other noise than the measurement draws from the same random state: the two errors are to be independent
+        seed_generators(int(torch.randint(2**62, ())), params.device)
         return _average(layer, params, cost_of, num_draws, max_bytes, known)
 
 

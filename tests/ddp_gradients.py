@@ -24,6 +24,7 @@ def train(world, layer, options, *, num_draws=2, never=False, steps=STEPS, **tra
         accelerator="cpu",
         devices=world,
         strategy="ddp" if world > 1 else "auto",
+        use_distributed_sampler=False,
         max_steps=steps,
         log_every_n_steps=1,
         logger=False,
@@ -35,7 +36,8 @@ def train(world, layer, options, *, num_draws=2, never=False, steps=STEPS, **tra
     )
     small = {"name": "mlp", "hidden_features": (8,)}
     model = VAE(layer, options, encoder=small, decoder=small, optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3))
-    trainer.fit(model, DataLoader(TensorDataset(x), batch_size=BATCH // world, shuffle=False))
+    share = x[int(os.environ.get("RANK", "0")) :: world]  # Lightning's own sampler would shuffle
+    trainer.fit(model, DataLoader(TensorDataset(share), batch_size=BATCH // world))
     return {
         "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},

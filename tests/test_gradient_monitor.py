@@ -215,6 +215,34 @@ def test_moments_survive_saving_and_refuse_another_size():
         moments.update([torch.randn(5)])
 
 
+class Scaled:
+    """What the monitor asks of a Trainer whose gradients are scaled."""
+
+    global_step = 0
+    log_every_n_steps = 100
+
+    def __init__(self):
+        self.precision_plugin = self
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.scaler.scale(torch.ones(()))  # which makes the scale
+
+
+def test_scaled_gradients_are_divided_and_steps_that_overflow_are_left_out():
+    model, x, trainer = VAE("enumeration", {"latent_dim": 3}), torch.rand(4, 1, 8, 8).round(), Scaled()
+    weights = list(model.encoder.parameters())
+    gradient = torch.autograd.grad(model.loss(model.terms(x)).mean(), weights)
+    monitor = GradientVarianceMonitor(decay=0.9)
+    monitor.on_fit_start(trainer, model)
+    for handles_unscaling, factor in ((False, 1.0), (True, 1024.0), (True, math.inf)):
+        optimizer = torch.optim.SGD(weights)
+        optimizer._step_supports_amp_scaling = handles_unscaling  # as fused optimizers have it
+        for weight, g in zip(weights, gradient, strict=True):
+            weight.grad = g * factor
+        monitor.on_before_optimizer_step(trainer, model, optimizer)
+    assert monitor.moments[0].update_count == 2
+    torch.testing.assert_close(monitor.moments[0].mean, torch.cat([g.flatten() for g in gradient]))
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 

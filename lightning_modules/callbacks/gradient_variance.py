@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from lightning_modules.base import LatentVariableModel, data_of, log_interval
 from lightning_modules.data.binarize import mix64
 from lightning_modules.gradient_moments import GradientMoments
-from lightning_modules.noise import seed_generators
 from lightning_modules.probe import PROBE_CHUNK, probe_params, probe_weights
 from lightning_modules.scoring import Layers, layer_statistics
 from lightning_modules.vae import VAE
 from stochastic_layers.diagnostics import GradientStatistics, preserved
+from stochastic_layers.preserved import seed_generators
 
 __all__ = ["GradientVarianceMonitor"]
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lightning_modules.base import LatentVariableModel, data_of
 from lightning_modules.data.binarize import mix64
-from lightning_modules.noise import seed_generators
-from stochastic_layers.preserved import preserved
+from stochastic_layers.preserved import preserved, seed_generators
 
 __all__ = ["Measurement", "bounds", "held_out", "peak_memory"]
 

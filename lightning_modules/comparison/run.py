@@ -22,9 +22,9 @@ from lightning_modules.comparison.measure import Measurement, held_out
 from lightning_modules.comparison.result import write_text
 from lightning_modules.comparison.settings import Parsed
 from lightning_modules.data.binarize import mix64
-from lightning_modules.noise import seed_generators
 from lightning_modules.scoring import score_layers
 from lightning_modules.vae import VAE
+from stochastic_layers.preserved import seed_generators
 
 __all__ = ["execute"]
 

@@ -46,7 +46,7 @@ def _rows(comparison: Comparison, sort: str | None) -> list[tuple[Summary, list[
             cells.append(_cell(metric, summary))
             values = [s.mean[metric.name] for s in summaries if metric.name in s.mean]
             extreme = {"high": max, "low": min}.get(metric.better)
-            if extreme and values and summary.mean.get(metric.name) == extreme(values):
+            if extreme and len(values) > 1 and summary.mean.get(metric.name) == extreme(values):
                 best.add(number)
         if summary.failed:
             cells[2] = f"{cells[2]} {summary.failed} FAILED".strip()
