@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -21,6 +21,7 @@ from lightning_modules.metrics import importance_statistics
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
 from lightning_modules.probe import probe_params
+from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics
 
@@ -32,7 +33,7 @@ MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weight
 _Terms = TypeVar("_Terms")
 
 
-class LatentVariableModel(LightningModule, Generic[_Terms]):
+class LatentVariableModel(WeightsOnly, Generic[_Terms]):
     """Base of models p(x, z), q(z | x) that one optimizer trains on one scalar loss; :class:`VAE` says what is logged.
 
     Args:

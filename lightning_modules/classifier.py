@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -15,12 +15,13 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_modules.base import fused_adam, log_interval, own_noise
+from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import capture, surrogate
 
 __all__ = ["StochasticClassifier"]
 
 
-class StochasticClassifier(LightningModule):
+class StochasticClassifier(WeightsOnly):
     r"""Trains a network with random parts on cross-entropy: sampling layers by their own estimators, Bayesian weights.
 
     .. math:: \text{loss} = E[-\log p(y \mid x, \text{noise})] + KL / N

@@ -163,7 +163,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
             )
         if not layers or isinstance(layers, str):
             raise ValueError(f"needed a list of layers, from the data upwards, got {layers!r}.")
-        built = [_build(layer) for layer in layers]
+        built = [build_layer(layer, None) for layer in layers]
         self.layers = nn.ModuleList(built)
         self.prior = build_prior(prior, built[-1].family)
         first = built[0]
@@ -286,13 +286,6 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         for level in range(len(layers) - 2, -1, -1):
             z = layers[level].family.sample(self._conditional(level, z), 1).squeeze(0)
         return self.likelihood.mean(self.decode(z))
-
-
-def _build(layer: str | Mapping[str, Any] | StochasticLayer) -> StochasticLayer:
-    if isinstance(layer, Mapping):
-        options = dict(layer)
-        return build_layer(str(options.pop("name", None)), options)
-    return build_layer(layer, None)
 
 
 def _on_rows(network: nn.Module, z: Tensor) -> Tensor:

@@ -39,9 +39,10 @@ class VAE(LatentVariableModel[Terms]):
     kept in checkpoints: pass them again to ``load_from_checkpoint``.
 
     Args:
-        layer: A registered name or a :class:`~stochastic_layers.StochasticLayer`.
-        layer_options: Options of a named layer. ``latent_dim`` defaults to the layer's ``default_latent_dim`` (32; less
-            where outcomes are enumerated or codes are vectors), ``num_categories`` to 8.
+        layer: A registered name, ``{"name": ..., **options}``, or a :class:`~stochastic_layers.StochasticLayer`.
+        layer_options: Options of a named layer, beside those of a mapping. ``latent_dim`` defaults to the layer's
+            ``default_latent_dim`` (32; less where outcomes are enumerated or codes are vectors), ``num_categories``
+            to 8.
         encoder: ``"mlp"``, ``"conv"`` or a module ``[N, *data_shape]`` -> ``[N, layer.in_features]`` or, for latents at
             every position, ``[N, layer.in_features, *positions]``.
         decoder: ``"mlp"``, ``"conv"`` or a module ``[N, layer.out_features]`` (``[N, layer.out_features, *positions]``)
@@ -69,7 +70,7 @@ class VAE(LatentVariableModel[Terms]):
 
     def __init__(
         self,
-        layer: str | StochasticLayer = "straight_through",
+        layer: str | StochasticLayer | Mapping[str, Any] = "straight_through",
         layer_options: Mapping[str, Any] | None = None,
         *,
         encoder: str | Mapping[str, Any] | nn.Module = "mlp",

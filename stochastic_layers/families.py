@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, OneHotCategorical
 
+from stochastic_layers.quadrature import gauss_hermite, product_rule
 from stochastic_layers.registry import nearest
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "GaussianFamily",
     "create_family",
     "draw_categorical",
+    "gaussian_nodes",
     "one_hot_categorical",
     "register_family",
     "takes_categories",
 ]
 
+MAX_PARAM = 1e18  # its square stays finite in float32, and so do sums and reflections of draws
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
 
 
@@ -135,6 +138,27 @@ class Family(ABC):
         result: Tensor = q.base_dist.log_prob(z).sum(-1) if isinstance(q, Independent) else q.log_prob(z)
         return result
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        """Points and weights of which expectations under q are made: ``(weights * f(z)).sum(0)``, for few variables.
+
+        Layers are proven against these, and so will be those of a family of yours that has them. All outcomes of a
+        finite family with their probabilities; a rule of numerical integration else. Both may depend on the params of
+        q, such that the gradient of the sum is that of the expectation.
+
+        Args:
+            q: The law, of batch shape ``[*batch]``.
+            refinement: The rule is the finer the larger it is; the difference that 1 makes to 0 estimates the error.
+
+        Returns:
+            z ``[N, *batch, out_features]`` and weights ``[N, *batch]``.
+
+        Raises:
+            ValueError: The family has no rule, or too many variables for it.
+        """
+        raise ValueError(
+            f"needed a family whose expectations can be computed, got {self.name!r}, which has no nodes()."
+        )
+
     def check(self, params: Tensor, low: float, high: float) -> None:
         """Refuse params that have no finite law; ``low`` and ``high`` are their extremes.
 
@@ -146,6 +170,11 @@ class Family(ABC):
             raise ValueError(
                 f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; look at the network "
                 "before the layer (learning rate, input scale, gradient clipping)."
+            )
+        if max(-low, high) > MAX_PARAM:
+            raise ValueError(
+                f"needed params of magnitude at most {MAX_PARAM:g}, got {max(-low, high):.3g}, whose square overflows "
+                "in float32; look at the network before the layer."
             )
 
     def prepare(self, params: Tensor | Sequence[Tensor]) -> Tensor:
@@ -159,6 +188,10 @@ class Family(ABC):
                 raise ValueError(
                     f"needed one tensor or the {len(self.parts)} tensors {self.parts} for family {self.name!r}, got "
                     f"{len(params)}."
+                )
+            if not all(isinstance(part, Tensor) for part in params):
+                raise ValueError(
+                    f"needed tensors as the parts {self.parts}, got {[type(part).__name__ for part in params]}."
                 )
             sizes = self.part_sizes
             try:
@@ -230,6 +263,11 @@ class BernoulliFamily(Family):
         logits: Tensor = _base(q).logits
         return (logits > 0).to(logits.dtype)
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        return _outcomes(
+            self, q, torch.cartesian_prod(*[torch.arange(2.0)] * self.latent_dim).view(-1, self.latent_dim)
+        )
+
 
 @register_family
 class CategoricalFamily(Family):
@@ -272,6 +310,19 @@ class CategoricalFamily(Family):
         logits: Tensor = _base(q).logits
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0).flatten(-2)
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        count = self.num_categories
+        assert count is not None
+        index = torch.cartesian_prod(*[torch.arange(count)] * self.latent_dim).view(-1, self.latent_dim)
+        return _outcomes(self, q, torch.nn.functional.one_hot(index, count).flatten(1))
+
+
+def _outcomes(family: Family, q: Distribution, z: Tensor) -> tuple[Tensor, Tensor]:
+    """All outcomes ``[N, out_features]`` of a finite family, expanded to the batch of q, and their probabilities."""
+    batch, dtype = q.batch_shape, q.mean.dtype
+    z = z.to(dtype).view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)
+    return z, family.log_prob(q, z).exp()
+
 
 @register_family
 class GaussianFamily(Family):
@@ -305,6 +356,19 @@ class GaussianFamily(Family):
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mean
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        x, weights = gaussian_nodes(_base(q).loc, 6 + 4 * refinement)  # exact for polynomials of degree up to 11
+        return _base(q).loc + _base(q).scale * x, weights
+
+
+def gaussian_nodes(like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Standard normal nodes ``[N, *batch, D]`` and their weights ``[N, *batch]`` for a tensor ``[*batch, D]``."""
+    points, weights = product_rule(*gauss_hermite(count), like.shape[-1])
+    batch = like.shape[:-1]
+    shape = (-1, *[1] * len(batch))
+    x = points.to(like.dtype).view(*shape, like.shape[-1]).expand(-1, *like.shape)
+    return x, weights.to(like.dtype).view(shape).expand(-1, *batch)
 
 
 def create_family(family: str | Mapping[str, Any], latent_dim: int, num_categories: int | None = None) -> Family:

@@ -11,7 +11,13 @@ from stochastic_layers.layer import Sample
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
-__all__ = ["GappedStraightThrough", "GumbelRao", "ReinMaxRao", "StraightThroughGumbel"]
+__all__ = [
+    "GappedStraightThrough",
+    "GumbelRao",
+    "StraightThroughGumbel",
+    "conditional_gumbel",
+    "conditional_logistic",
+]
 
 
 @register("straight_through_gumbel")
@@ -174,60 +180,6 @@ class GumbelRao(TemperedLayer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_replicates={self.num_replicates}"
-
-
-@register("reinmax_rao")
-class ReinMaxRao(GumbelRao):
-    r"""ReinMax-Rao: ReinMax with the draw in its Jacobian replaced by relaxed draws, averaged given the draw.
-
-    .. math:: \nabla_l \approx \Big( \frac2R \sum_r J\big(\tfrac12 (p + s_r)\big) - \tfrac12 J(p) \Big)^\top f'(z),
-        \qquad s_r = \mathrm{softmax}(\theta_r / \tau), \quad \theta_r \sim (l + G \mid \arg\max (l + G) = z)
-
-    Approximates the gradient of E_q[f]; at temperature 0 it is ReinMax. Biased, above that temperature also on
-    quadratic costs. One evaluation of the cost. The formula is this library's reading of the construction that the
-    paper's abstract names, and was not compared with the authors' results; on our small problems plain ``reinmax`` has
-    less bias at no more variance (``docs/layers/straight_through.md``).
-
-    Args:
-        latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
-        num_samples: Number S of draws per example.
-        temperature: Temperature of the relaxed draws, positive.
-        num_replicates: Number R of redraws of the noise for each draw.
-
-    Raises:
-        ValueError: ``temperature <= 0``, ``num_replicates < 1``, or sizes that do not fit the family.
-
-    References:
-        Beyond ReinMax: Low-Variance Gradient Estimators for Discrete Latent Variables (Daniel Wang, Thang D. Bui,
-        2026), https://arxiv.org/abs/2603.08257
-
-    Example:
-        >>> import torch, stochastic_layers as sl
-        >>> layer = sl.create("reinmax_rao", latent_dim=3, family="categorical", num_categories=4)
-        >>> layer(torch.zeros(5, 12)).view(5, 3, 4).sum(-1).unique()
-        tensor([1.])
-    """
-
-    reference = (
-        "Beyond ReinMax: Low-Variance Gradient Estimators for Discrete Latent Variables (Wang and Bui, 2026). "
-        "https://arxiv.org/abs/2603.08257"
-    )
-
-    def _category_step(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
-        probs = log_probs.exp()
-        at_probs = probs * (zero - (probs * zero).sum(-1, keepdim=True))
-        return 2 * self._mean_jacobian(log_probs, one_hot, zero) - 0.5 * at_probs
-
-    def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
-        probs = logits.sigmoid()
-        scores = conditional_logistic(logits, bits, self.num_replicates).div_(self.temperature.to(logits.dtype))
-        middle, rest = (probs + scores.sigmoid()) / 2, ((-logits).sigmoid() + (-scores).sigmoid()) / 2
-        return 2 * (middle * rest).mean(0) - 0.5 * probs * (-logits).sigmoid()
-
-    def _points(self, log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
-        return (log_probs.exp() + super()._points(log_probs, one_hot, count)) / 2
 
 
 def conditional_gumbel(log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:

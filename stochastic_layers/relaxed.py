@@ -129,7 +129,7 @@ class GumbelSoftmax(TemperedLayer):
 
     families = ("categorical", "bernoulli")
     unbiased = False
-    needs: ClassVar[tuple[str, ...]] = ("cost_gradient", "relaxable_cost")
+    needs: tuple[str, ...] = ("cost_gradient", "relaxable_cost")
     exact_draws = False
     reference = "Categorical Reparameterization with Gumbel-Softmax (Jang, Gu and Poole, 2016). https://arxiv.org/abs/1611.01144"
 
