@@ -97,9 +97,11 @@ def test_a_layer_may_be_named_with_options_and_twice(small):
 def test_the_layer_of_the_configuration_keeps_its_options_and_sets_the_evaluations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = '--model.layer_options={"latent_dim": 4, "num_samples": 6, "baseline": "learned"}'
-    parsed = parse(args=["--model.layer=reinforce", options])
-    own, other = candidates(parsed.model, settings_of(parsed), ["reinforce", "disarm"])
-    assert own.options["baseline"] == "learned" and (own.evaluations, other.evaluations) == (6, 6)
+    mapping = '--model.layer={"name": "reinforce", "latent_dim": 4, "num_samples": 6, "baseline": "learned"}'
+    for words in (["--model.layer=reinforce", options], [mapping]):
+        parsed = parse(args=words)
+        own, other = candidates(parsed.model, settings_of(parsed), ["reinforce", "disarm"])
+        assert own.options["baseline"] == "learned" and (own.evaluations, other.evaluations) == (6, 6)
 
 
 def test_a_layer_that_needs_too_much_is_left_out_unless_it_is_named(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from lightning_modules.comparison.result import write_text
 from lightning_modules.comparison.settings import Parsed
 from lightning_modules.data.binarize import mix64
 from lightning_modules.scoring import score_layers
+from lightning_modules.untrusted import read_checkpoint
 from lightning_modules.vae import VAE
 from stochastic_layers.preserved import seed_generators
 
@@ -130,7 +131,7 @@ def load_weights(model: VAE, path: str, layer: bool = False) -> None:
     Raises:
         ValueError: The checkpoint is of a model of other parts or sizes.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = read_checkpoint(path)["state_dict"]
     wanted, found = (
         {key: value for key, value in weights.items() if layer or not key.startswith("layer.")}
         for weights in (model.state_dict(), state)

@@ -17,8 +17,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
+from lightning_modules.build import layer_spec
 from lightning_modules.cli import CLI, names_data
 from lightning_modules.data import ImageDataModule
+from lightning_modules.untrusted import read_checkpoint
 from lightning_modules.vae import VAE
 
 __all__ = ["Parsed", "Settings", "loggers", "parse", "settings_of"]
@@ -113,7 +115,7 @@ def _checkpoint_path(words: Sequence[str]) -> Path | None:
 
 def _options_of(checkpoint: Path) -> dict[str, Any]:
     """The arguments of model and data in a checkpoint, in the form of a configuration."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = read_checkpoint(checkpoint)
     given = {key: value for key, value in state["hyper_parameters"].items() if value is not None}
     options: dict[str, Any] = {"model": {k: v for k, v in given.items() if k not in ("data_shape", "_instantiator")}}
     data = dict(state.get("datamodule_hyper_parameters") or {})
@@ -164,7 +166,10 @@ def settings_of(parsed: Parsed) -> Settings:
         raise ValueError("needed one device for each run, got several; set --trainer.devices=1, or use --workers.")
     model = config["model"]
     model.pop("data_shape", None)
-    return Settings(config, model.pop("layer"), model.pop("layer_options") or {})
+    layer, options = model.pop("layer"), model.pop("layer_options") or {}
+    if isinstance(layer, str) or "name" in layer:
+        layer, options = layer_spec(layer, options)
+    return Settings(config, layer, options)
 
 
 def loggers(parsed: Parsed) -> list[Logger]:
