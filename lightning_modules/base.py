@@ -17,6 +17,7 @@ from lightning_modules.build import build_likelihood, build_objective
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
+from lightning_modules.ranks import check_equal_batches, mean_over_ranks
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics, preserved
 
@@ -158,7 +159,7 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
             self._log_bound("train", terms, len(x))
             if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
                 self._log_all("train", {self.objective.name: -loss.detach().mean()}, len(x))
-        return loss.mean()
+        return mean_over_ranks(loss)
 
     @property
     def _logging_is_due(self) -> bool:
@@ -230,6 +231,9 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
 
     def on_fit_start(self) -> None:
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
+
+    def on_train_start(self) -> None:
+        check_equal_batches(self.trainer.num_training_batches, self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", data_of(batch))

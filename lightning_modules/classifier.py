@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_modules.base import fused_adam, log_interval, own_noise
+from lightning_modules.ranks import check_equal_batches, mean_over_ranks
 from stochastic_layers import capture, surrogate
 
 __all__ = ["StochasticClassifier"]
@@ -130,7 +131,7 @@ class StochasticClassifier(LightningModule):
             logits = self.network(x)
         cost = -self.log_prob(logits, y)
         expected = surrogate(cost, samples) if samples else cost
-        loss = expected.mean() + self._kl_per_example()
+        loss = mean_over_ranks(expected) + self._kl_per_example()
         if self._trainer is not None and (self.global_step + 1) % log_interval(self.trainer) == 0:
             self._log_training(loss, expected, logits, y)
         return loss
@@ -187,6 +188,9 @@ class StochasticClassifier(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(self.network.parameters())
+
+    def on_train_start(self) -> None:
+        check_equal_batches(self.trainer.num_training_batches, self.device)
 
     def configure_callbacks(self) -> list[Callback]:
         return own_noise(self.trainer)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,6 +21,7 @@ import stochastic_layers as sl
 from lightning_modules import certify
 from lightning_modules.callbacks import Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
+from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
 from lightning_modules.vae import VAE
@@ -98,6 +100,8 @@ class CLI(LightningCLI):
         if patience is not None:
             callbacks.append(EarlyStopping("val/elbo", mode="max", patience=patience))
         callbacks.append(Report())
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         return trainer
 
     def after_fit(self) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stochastic_layers.recomputation import refuse_recomputation
 from stochastic_layers.registry import nearest
 
 __all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "create_baseline"]
@@ -85,6 +86,7 @@ class RunningMean(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Count one step of ``values`` ``[*any, n]``; evaluation mode and ``no_grad`` probes do not come here."""
+        refuse_recomputation("a running mean")
         rows = values.reshape(-1, self.total.shape[0])
         moments = torch.cat([rows.sum(0), rows.new_full((1,), rows.shape[0])])
         if dist.is_available() and dist.is_initialized():

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stochastic_layers.codes import Codes, check_positive_int
+from stochastic_layers.recomputation import refuse_recomputation
 
 __all__ = ["Codebook"]
 
@@ -67,6 +68,7 @@ class Codebook(Codes):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """k-means on the first batch ``[N, D]``; later calls return at once."""
+        refuse_recomputation("a codebook")
         _initialize(self.vectors, self.counts, self.sums, self.initialized, x.detach())
 
     @torch.no_grad()
