@@ -232,6 +232,10 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
     def on_fit_start(self) -> None:
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
 
+    def setup(self, stage: str) -> None:
+        # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
+        self.trainer.precision_plugin.convert_module(self)
+
     def on_train_start(self) -> None:
         check_equal_batches(self.trainer.num_training_batches, self.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 __all__ = ["CorruptCheckpointError", "VerifiedCheckpointIO", "damage", "newest_intact"]
 
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError)
 PARTIAL = ".partial"  # suffix of a file that is being written; one left by a killed process is overwritten by the next
 PREVIOUS = ".previous"  # suffix of what a file held before it was last overwritten
 
@@ -99,14 +101,17 @@ def damage(path: str | Path) -> str:
         path: A local file.
     """
     try:
+        torch._C.PyTorchFileReader(str(path))  # what torch refuses to open
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
-            names = archive.namelist()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError, RuntimeError, IndexError) as error:
-        return f"the file is cut off or overwritten ({error})"
+            entries = archive.infolist()
+    except (*_ZIP_ERRORS, OSError, NotImplementedError, ValueError, RuntimeError, IndexError) as error:
+        return f"the file is cut off or overwritten ({str(error).splitlines()[0]})"
     if record is not None:
         return f"the record {record!r} does not have its checksum"
-    return "" if any(name.endswith("data.pkl") for name in names) else "there is no record 'data.pkl'"
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        return "there is no record 'data.pkl'"
+    return ""
 
 
 def newest_intact(folder: str | Path) -> Path | None:

@@ -189,6 +189,10 @@ class StochasticClassifier(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(self.network.parameters())
 
+    def setup(self, stage: str) -> None:
+        # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
+        self.trainer.precision_plugin.convert_module(self)
+
     def on_train_start(self) -> None:
         check_equal_batches(self.trainer.num_training_batches, self.device)
 
