@@ -1,6 +1,7 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
 from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
+from lightning_modules.checkpoints import CorruptCheckpointError, VerifiedCheckpointIO
 from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
@@ -23,6 +24,7 @@ __all__ = [
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
+    "CorruptCheckpointError",
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "HierarchicalVAE",
@@ -37,4 +39,5 @@ __all__ = [
     "StandardPrior",
     "StochasticClassifier",
     "Terms",
+    "VerifiedCheckpointIO",
 ]

@@ -106,9 +106,11 @@ def damage(path: str | Path) -> str:
             record = archive.testzip()
             entries = archive.infolist()
     except (*_ZIP_ERRORS, OSError, NotImplementedError, ValueError, RuntimeError, IndexError) as error:
-        return f"the file is cut off or overwritten ({str(error).splitlines()[0]})"
+        return f"the file is cut off or overwritten ({str(error).split('. ')[0]})"
     if record is not None:
         return f"the record {record!r} does not have its checksum"
+    if any(entry.external_attr or entry.compress_type for entry in entries):  # torch.save sets neither
+        return "the table of its records is damaged"
     if not any(entry.filename.endswith("/data.pkl") for entry in entries):
         return "there is no record 'data.pkl'"
     return ""
