@@ -17,7 +17,7 @@ from lightning_modules.build import build_likelihood, build_objective
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
-from lightning_modules.ranks import check_equal_batches, mean_over_ranks
+from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics, preserved
 
@@ -233,6 +233,7 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
 
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy)
         # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
         self.trainer.precision_plugin.convert_module(self)
 

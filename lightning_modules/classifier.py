@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_modules.base import fused_adam, log_interval, own_noise
-from lightning_modules.ranks import check_equal_batches, mean_over_ranks
+from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from stochastic_layers import capture, surrogate
 
 __all__ = ["StochasticClassifier"]
@@ -190,6 +190,7 @@ class StochasticClassifier(LightningModule):
         return self.make_optimizer(self.network.parameters())
 
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy)
         # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
         self.trainer.precision_plugin.convert_module(self)
 

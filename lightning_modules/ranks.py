@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
-__all__ = ["check_equal_batches", "mean_over_ranks"]
+__all__ = ["check_equal_batches", "check_strategy", "mean_over_ranks"]
+
+SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -50,4 +53,21 @@ def check_equal_batches(num_batches: int | float, device: torch.device) -> None:
             f"needed the same number of training batches on every rank, got {counts} of ranks 0 to {len(counts) - 1}: "
             "the others would wait for ever for a rank that has none left. Drop the surplus, or set "
             f"limit_train_batches={min(counts)}."
+        )
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies that split the model itself.
+
+    Args:
+        strategy: Of the Trainer.
+
+    Raises:
+        ValueError: The parameters would be sharded.
+    """
+    if isinstance(strategy, SHARDED):
+        raise ValueError(
+            f"needed a strategy that gives every rank the whole model, got {type(strategy).__name__}: it averages the "
+            "gradients of the modules that it shards, and would leave a layer's own parameters and its running "
+            "statistics to each rank. Use strategy='ddp'; activation checkpointing of the networks saves memory."
         )

@@ -29,6 +29,15 @@ class Die(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Start(L.Callback):
+    """Keeps the step at which training (re)started."""
+
+    step = -1
+
+    def on_train_start(self, trainer, pl_module):
+        self.step = trainer.global_step
+
+
 def main(folder, dying_rank, step):
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -36,6 +45,8 @@ def main(folder, dying_rank, step):
     L.seed_everything(0, verbose=False)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     callbacks = [ModelCheckpoint(folder / "checkpoints", every_n_train_steps=3, save_last=True, save_top_k=1)]
+    start = Start()
+    callbacks.append(start)
     if rank == dying_rank:
         callbacks.append(Die(folder / "killed", step))
     trainer = L.Trainer(
@@ -55,7 +66,7 @@ def main(folder, dying_rank, step):
     assert trainer.world_size == world
     model = VAE("reinforce", {"latent_dim": 8, "num_samples": 2, "baseline": "moving_average"})
     trainer.fit(model, Digits(batch_size=16, binarization="dynamic"), ckpt_path="last")
-    result = {"state": model.state_dict(), "step": trainer.global_step, "host": os.uname().nodename}
+    result = {"state": model.state_dict(), "step": trainer.global_step, "start": start.step}
     result["restarts"] = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     torch.save(result, folder / f"rank{rank}.pt")
 

@@ -39,7 +39,7 @@ def run(command, timeout, **extra):
         return "timeout", output
 
 
-def torchrun(script, *arguments, timeout, processes=2):
+def torchrun(script, *arguments, timeout, processes=2, **extra):
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    return run([*launcher, *address, str(script), *map(str, arguments)], timeout)
+    return run([*launcher, *address, str(script), *map(str, arguments)], timeout, **extra)

@@ -15,7 +15,8 @@ RESUMED = (2, 4)  # optimizer steps: inside the first epoch and inside the secon
 
 def run(name, **options):
     model = build(name)
-    recorder = fit(model, shares()[int(os.environ["RANK"])], devices=2, strategy="ddp", **options)
+    where = {"accelerator": os.environ.get("ACCELERATOR", "cpu"), "devices": 2, "strategy": "ddp"}
+    recorder = fit(model, shares()[int(os.environ["RANK"])], **where, **options)
     return {"state": state(model), "losses": recorder.losses, "noise": torch.stack(recorder.noise)}
 
 

@@ -134,7 +134,7 @@ def test_it_is_a_plugin_of_the_trainer(tmp_path):
         enable_checkpointing=False,
         max_steps=1,
     )
-    trainer.fit(VAE("straight_through", {"latent_dim": 2}), Digits())
+    trainer.fit(VAE("straight_through", {"latent_dim": 2}), Digits(binarization="dynamic"))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert {"x.ckpt", "x.ckpt.previous"} <= set(os.listdir(tmp_path))
