@@ -58,6 +58,7 @@ class Verdict:
         reached: The step it had come to.
         resumed: The step from which the next job continued, -1 where none was needed.
         offered: Whether a damaged checkpoint was refused and another one offered.
+        launcher: Whether a rank waited for one that was gone and had to be ended, as torchrun does.
         message: The error, shortened.
         problem: What is wrong with this trial; empty where nothing is.
         seconds: How long the trial took.
@@ -71,6 +72,7 @@ class Verdict:
     reached: int
     resumed: int
     offered: bool
+    launcher: bool
     message: str
     problem: str
     seconds: float
@@ -96,7 +98,7 @@ def trial(fault: str, scenario: Scenario, seed: int, references: dict[tuple[str,
         bench.notes.mkdir()
         first = scenario.happen(bench)
         message = "; ".join(dict.fromkeys(error.splitlines()[0] for error in first.errors if error))
-        verdict = Verdict(fault, layer, ranks, seed, ending(first), first.reached, -1, False, message[:300], "", 0.0)
+        verdict = Verdict(fault, layer, ranks, seed, ending(first), first.reached, -1, False, first.launcher, message[:300], "", 0.0)
         verdict.problem = judge(bench, scenario, first, verdict, references[layer, ranks])
     verdict.message = verdict.message.replace(name, "")
     verdict.seconds = round(time.monotonic() - begun, 2)

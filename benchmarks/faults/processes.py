@@ -15,7 +15,8 @@ from job import Plan, main
 
 __all__ = ["Ended", "Job"]
 
-TIMEOUT = 90.0  # seconds after which a job counts as hanging
+TIMEOUT = 120.0  # seconds after which a job counts as hanging
+GRACE = 15.0  # seconds that the other ranks have to find out that one is gone; torchrun gives them none
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Ended:
         start: The step at which it (re)started, -1 where it did not come so far.
         reached: The last step that it made.
         seconds: How long it took.
+        launcher: Whether a rank had to be ended because another one was gone, as torchrun does.
     """
 
     statuses: list[int | str]
@@ -35,6 +37,7 @@ class Ended:
     start: int
     reached: int
     seconds: float
+    launcher: bool
 
     @property
     def finished(self) -> bool:
@@ -74,20 +77,26 @@ class Job:
         path = self.notes / "journal0"
         return path.read_text().splitlines() if path.exists() else []
 
-    def wait(self, timeout: float = TIMEOUT) -> Ended:
-        """Wait for all ranks; what hangs is killed."""
+    def wait(self) -> Ended:
+        """Wait for all ranks, as a launcher does: where one has failed, the others are ended after a while."""
         statuses: dict[int, int | str] = {}
-        end = time.monotonic() + timeout
+        begun = failed = time.monotonic()
+        launcher = False
         while len(statuses) < self.ranks:
             for rank, pid in enumerate(self.pids):
                 if rank not in statuses:
                     done, status = os.waitpid(pid, os.WNOHANG)
                     if done:
                         statuses[rank] = os.waitstatus_to_exitcode(status)
-                    elif time.monotonic() > end:
+                        failed = time.monotonic()
+            hanging = time.monotonic() > begun + TIMEOUT
+            if hanging or (any(statuses.values()) and time.monotonic() > failed + GRACE):
+                for rank, pid in enumerate(self.pids):
+                    if rank not in statuses:
                         os.kill(pid, signal.SIGKILL)
                         os.waitpid(pid, 0)
-                        statuses[rank] = "hang"
+                        statuses[rank] = "hang" if hanging else -signal.SIGKILL
+                        launcher = not hanging
             time.sleep(0.01)
         steps = [int(line.split()[1]) for line in self.journal() if line.startswith("step")]
         starts = [int(line.split()[1]) for line in self.journal() if line.startswith("start")]
@@ -99,6 +108,7 @@ class Job:
             start,
             steps[-1] if steps else max(start, 0),
             time.monotonic() - self.begun,
+            launcher,
         )
 
 
