@@ -109,8 +109,6 @@ def test_early_stopping_by_patience(run, tmp_path):
 
 @pytest.mark.parametrize("logger", ["WandbLogger", "TensorBoardLogger", "CSVLogger"])
 def test_loggers_take_metrics_and_pictures_without_a_key(run, tmp_path, monkeypatch, logger):
-    if logger == "TensorBoardLogger":
-        pytest.importorskip("tensorboard")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run("fit", f"--trainer.logger={logger}", "--trainer.logger.save_dir=logs", *TINY, *QUIET)
