@@ -89,7 +89,9 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         if path.is_file() and (found := damage(path)):
             intact = newest_intact(path.parent)
-            remedy = f"use the newest intact one, {intact}" if intact else "there is no intact one beside it; start anew"
+            remedy = (
+                f"use the newest intact one, {intact}" if intact else "there is no intact one beside it; start anew"
+            )
             raise CorruptCheckpointError(f"needed an intact checkpoint, got {path}, where {found}; {remedy}.")
         return super().load_checkpoint(path, map_location, weights_only)
 

@@ -72,7 +72,8 @@ class JoinedNoise(TorchDispatchMode):
             return {k: self._part(v, rank) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             mapped = [
-                self.rows[rank] if isinstance(v, int) and not isinstance(v, bool) and v == self.total
+                self.rows[rank]
+                if isinstance(v, int) and not isinstance(v, bool) and v == self.total
                 else self._part(v, rank)
                 for v in value
             ]

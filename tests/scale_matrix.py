@@ -80,7 +80,9 @@ def on_two(name, ranks, joined):
     for rank in (first, second):
         for way in (w for w in rank if w.startswith("resumed")):
             step = int(way.split()[1])
-            resumed.append(different({k: v for k, v in rank["two"]["losses"].items() if k >= step}, rank[way]["losses"]))
+            resumed.append(
+                different({k: v for k, v in rank["two"]["losses"].items() if k >= step}, rank[way]["losses"])
+            )
             resumed.append(different(rank["two"]["state"], rank[way]["state"]))
             resumed.append(cells[way])
     start = state(build(name))

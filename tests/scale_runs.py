@@ -4,10 +4,10 @@ import warnings
 
 import lightning as L
 import torch
+from joined_noise import JoinedNoise
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import stochastic_layers as sl
-from joined_noise import JoinedNoise
 from lightning_modules import VAE
 from lightning_modules.data.binarize import mix64
 

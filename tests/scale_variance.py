@@ -6,14 +6,15 @@ FILE` measures it on the ranks there are, whose gradients DistributedDataParalle
 
 import os
 import sys
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from scale_runs import build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_modules import ReproducibleNoise
-from scale_runs import build
 
 KINDS = {
     "pathwise (`gaussian`)": "gaussian",
@@ -29,6 +30,7 @@ class Position:
 
     def __init__(self, rank):
         self.global_rank, self.current_epoch = rank, 0
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def gradients(model, x, draws, rank, mode):
@@ -45,9 +47,7 @@ def gradients(model, x, draws, rank, mode):
 def ratio(every, ranks):
     """Variance of the mean over the first ranks of ``every`` ``[ranks, draws, n]`` over their mean variance; its error."""
     own = every[:ranks]
-    blocks = [
-        float(part.mean(0).var(0).sum() / part.var(1).sum(-1).mean()) for part in own.chunk(BLOCKS, 1)
-    ]
+    blocks = [float(part.mean(0).var(0).sum() / part.var(1).sum(-1).mean()) for part in own.chunk(BLOCKS, 1)]
     blocks = torch.tensor(blocks)
     return float(blocks.mean()), float(blocks.std() / BLOCKS**0.5)
 

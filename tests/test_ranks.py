@@ -7,14 +7,13 @@ import lightning as L
 import pytest
 import torch
 from joined_noise import JoinedNoise
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import torchrun
 from scale_variance import KINDS, table
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_layers as sl
-from lightning_modules.data.binarize import mix64
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 
 

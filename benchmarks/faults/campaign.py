@@ -87,7 +87,9 @@ def ending(ended: Ended) -> str:
     return "error" if any(status == 1 for status in ended.statuses) else "signal"
 
 
-def trial(fault: str, scenario: Scenario, seed: int, references: dict[tuple[str, int], Path], seconds: float) -> Verdict:
+def trial(
+    fault: str, scenario: Scenario, seed: int, references: dict[tuple[str, int], Path], seconds: float
+) -> Verdict:
     """Let one fault happen, start the job again, and judge."""
     rng = random.Random(seed)
     layer, ranks = rng.choice(sorted(LAYERS)), rng.choice(scenario.ranks)
@@ -98,7 +100,9 @@ def trial(fault: str, scenario: Scenario, seed: int, references: dict[tuple[str,
         bench.notes.mkdir()
         first = scenario.happen(bench)
         message = "; ".join(dict.fromkeys(error.splitlines()[0] for error in first.errors if error))
-        verdict = Verdict(fault, layer, ranks, seed, ending(first), first.reached, -1, False, first.launcher, message[:300], "", 0.0)
+        verdict = Verdict(
+            fault, layer, ranks, seed, ending(first), first.reached, -1, False, first.launcher, message[:300], "", 0.0
+        )
         verdict.problem = judge(bench, scenario, first, verdict, references[layer, ranks])
     verdict.message = verdict.message.replace(name, "")
     verdict.seconds = round(time.monotonic() - begun, 2)
@@ -174,7 +178,11 @@ def campaign(trials: int, seed: int, only: list[str] | None = None) -> dict[str,
         "steps": STEPS,
         "interval": INTERVAL,
         "seed": seed,
-        "versions": {"torch": torch.__version__, "lightning": lightning.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
         "skipped": skipped,
         "trials": [asdict(v) for v in verdicts],
     }

@@ -165,7 +165,10 @@ def read_only(bench: Bench) -> Ended:
         job = bench.job("fault")
         time.sleep(bench.moment())
         for _ in range(200):  # busy as long as a file in it is being written
-            if subprocess.run(["mount", "-o", "remount,bind,ro", str(bench.folder)], capture_output=True).returncode == 0:
+            if (
+                subprocess.run(["mount", "-o", "remount,bind,ro", str(bench.folder)], capture_output=True).returncode
+                == 0
+            ):
                 break
             time.sleep(0.005)
         return job.wait()
@@ -242,7 +245,9 @@ SCENARIOS = {
     "nan": Scenario("NaN in a batch", nan_in_a_batch, ("NaN", *_PEER), ranks=(1, 1, 2)),
     "truncated": Scenario("a truncated checkpoint", truncated, ("needed an intact checkpoint",)),
     "bit_flipped": Scenario("a checkpoint with a flipped bit", bit_flipped, ("needed an intact checkpoint",)),
-    "disk_full": Scenario("disk full while a checkpoint is written", disk_full, ("No space left",), possible=_may_mount),
+    "disk_full": Scenario(
+        "disk full while a checkpoint is written", disk_full, ("No space left",), possible=_may_mount
+    ),
     "read_only": Scenario("a folder that becomes read-only", read_only, ("Read-only",), possible=_may_mount),
     "wandb_unreachable": Scenario("W&B unreachable", wandb_unreachable, ("wandb", "W&B", "127.0.0.1")),
     "wandb_dies": Scenario("W&B's process dies mid-run", wandb_dies, ("wandb", "W&B", "service", "Connection")),
