@@ -6,6 +6,7 @@ import io
 import os
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         if path.is_file() and (found := damage(path)):
             intact = newest_intact(path.parent)
-            remedy = (
-                f"use the newest intact one, {intact}" if intact else "there is no intact one beside it; start anew"
-            )
+            remedy = f"use the newest intact one, {intact}" if intact else "there is no other intact one; start anew"
             raise CorruptCheckpointError(f"needed an intact checkpoint, got {path}, where {found}; {remedy}.")
         return super().load_checkpoint(path, map_location, weights_only)
 
@@ -139,10 +138,8 @@ def _keep(target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with suppress(OSError):  # on a file system that has become read-only nothing was written either
         path.unlink(missing_ok=True)
-    except OSError:  # on a file system that has become read-only nothing was written either
-        pass
 
 
 def _sync(folder: Path) -> None:

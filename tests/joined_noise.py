@@ -12,8 +12,8 @@ OPERATORS = {op._name: op._init_fn for op in (codebooks._initialize, codebooks._
 class JoinedNoise(TorchDispatchMode):
     """Inside, every random operation on a joined batch is made part by part, each from its own rank's stream.
 
-    It knows the operations by torch's own mark of them (the tag ``nondeterministic_seeded``), and the batch by its size,
-    which no other dimension may have. What does not depend on the batch is drawn by all ranks and taken from rank 0.
+    It knows the operations by torch's own mark of them, the tag ``nondeterministic_seeded``, and the batch by its
+    size, which no other dimension may have. What does not depend on the batch is drawn by all ranks and taken from rank 0.
 
     Args:
         rows: Rows of the joined batch that belong to each rank, in order.
@@ -35,7 +35,8 @@ class JoinedNoise(TorchDispatchMode):
             return func(*args, **kwargs)
         if not self._has_batch((args, kwargs)):
             self.shared.add(func.name())
-            return [self._draw(rank, func, args, kwargs) for rank in range(len(self.rows))][0]
+            drawn = [self._draw(rank, func, args, kwargs) for rank in range(len(self.rows))]
+            return drawn[0]
         self.split.add(func.name())
         parts = []
         for rank in range(len(self.rows)):

@@ -45,7 +45,7 @@ def gradients(model, x, draws, rank, mode):
 
 
 def ratio(every, ranks):
-    """Variance of the mean over the first ranks of ``every`` ``[ranks, draws, n]`` over their mean variance; its error."""
+    """Variance of the mean over the first ranks of ``every`` ``[ranks, draws, n]`` over their own; its error."""
     own = every[:ranks]
     blocks = [float(part.mean(0).var(0).sum() / part.var(1).sum(-1).mean()) for part in own.chunk(BLOCKS, 1)]
     blocks = torch.tensor(blocks)
@@ -53,7 +53,7 @@ def ratio(every, ranks):
 
 
 def table(name, draws, most=8):
-    """By number of ranks: the ratio and its error with own noise, and with shared noise. The ranks see different data."""
+    """By number of ranks with different data: the ratio and its error with own noise, and with shared noise."""
     model = build(name)
     data = torch.rand(most, 16, 1, 4, 4, generator=torch.Generator().manual_seed(2)).round()
     every = {

@@ -80,7 +80,7 @@ def test_the_newest_intact_checkpoint_is_offered(tmp_path):
     assert newest_intact(tmp_path) == tmp_path / "c.ckpt"
     (tmp_path / "c.ckpt").write_bytes(b"")
     (tmp_path / "b.ckpt").write_bytes(b"no zip")
-    with pytest.raises(CorruptCheckpointError, match="a.ckpt"):
+    with pytest.raises(CorruptCheckpointError, match=r"a\.ckpt"):
         IO.load_checkpoint(tmp_path / "c.ckpt")
     (tmp_path / "a.ckpt").unlink()
     with pytest.raises(CorruptCheckpointError, match="start anew"):

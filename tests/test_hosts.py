@@ -1,4 +1,4 @@
-"""Two hosts under torchrun's elastic launcher: network namespaces joined by a virtual link, and a rank that is killed."""
+"""Two hosts under torchrun's elastic launcher, as joined network namespaces, one of which loses its rank."""
 
 import os
 import shutil
