@@ -13,7 +13,8 @@ class JoinedNoise(TorchDispatchMode):
     """Inside, every random operation on a joined batch is made part by part, each from its own rank's stream.
 
     It knows the operations by torch's own mark of them, the tag ``nondeterministic_seeded``, and the batch by its
-    size, which no other dimension may have. What does not depend on the batch is drawn by all ranks and taken from rank 0.
+    size, which no other dimension may have. What does not depend on the batch is drawn by all ranks and taken from
+    rank 0.
 
     Args:
         rows: Rows of the joined batch that belong to each rank, in order.

@@ -57,6 +57,7 @@ class Verdict:
         first: How the job ended at which the fault happened: ``finished``, ``error``, ``signal`` or ``hang``.
         reached: The step it had come to.
         resumed: The step from which the next job continued, -1 where none was needed.
+        lost: Steps that were made and had to be made again.
         offered: Whether a damaged checkpoint was refused and another one offered.
         launcher: Whether a rank waited for one that was gone and had to be ended, as torchrun does.
         message: The error, shortened.
@@ -71,6 +72,7 @@ class Verdict:
     first: str
     reached: int
     resumed: int
+    lost: int
     offered: bool
     launcher: bool
     message: str
@@ -101,10 +103,21 @@ def trial(
         first = scenario.happen(bench)
         message = "; ".join(dict.fromkeys(error.splitlines()[0] for error in first.errors if error))
         verdict = Verdict(
-            fault, layer, ranks, seed, ending(first), first.reached, -1, False, first.launcher, message[:300], "", 0.0
+            fault=fault,
+            layer=layer,
+            ranks=ranks,
+            seed=seed,
+            first=ending(first),
+            reached=first.reached,
+            resumed=-1,
+            lost=0,
+            offered=False,
+            launcher=first.launcher,
+            message=message.replace(name, "")[:300],
+            problem="",
+            seconds=0.0,
         )
         verdict.problem = judge(bench, scenario, first, verdict, references[layer, ranks])
-    verdict.message = verdict.message.replace(name, "")
     verdict.seconds = round(time.monotonic() - begun, 2)
     return verdict
 
@@ -126,8 +139,9 @@ def judge(bench: Bench, scenario: Scenario, first: Ended, verdict: Verdict, refe
         verdict.resumed = again.start
         if not again.finished:
             return f"the job started again ended with {again.statuses}: {again.errors}"
-        if before - again.start > INTERVAL:
-            return f"{before - again.start} steps were lost"
+        verdict.lost = before - again.start
+        if verdict.lost > INTERVAL:
+            return f"{verdict.lost} steps were lost"
     for rank in range(bench.ranks):
         ours, theirs = (torch.load(f / f"final{rank}.pt", weights_only=True) for f in (done, reference))
         for key, value in theirs.items():
