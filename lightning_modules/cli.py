@@ -108,7 +108,7 @@ class CLI(LightningCLI):
         """Test the best weights, once, on the data that neither training nor the choice of weights has seen."""
         if cast(Any, self.trainer).fast_dev_run:
             return
-        best = self.trainer.checkpoint_callback
+        best = self._get(self.config_init, "checkpoint")  # not the first of the Trainer, which may be another one
         path = getattr(best, "best_model_path", "") or None
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False, weights_only=True)
         pictures = [file for c in trainer_callbacks(self.trainer) if isinstance(c, Pictures) for file in c.files]

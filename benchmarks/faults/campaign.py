@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import re
@@ -22,6 +23,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -171,7 +173,7 @@ def undisturbed(folder: Path) -> tuple[dict[tuple[str, int], Path], float]:
     return references, sorted(seconds)[len(seconds) // 2]
 
 
-def campaign(trials: int, seed: int, only: list[str] | None = None) -> dict[str, object]:
+def campaign(trials: int, seed: int, only: list[str] | None = None) -> dict[str, Any]:
     """Run the trials, in random order, and return the record of them."""
     rng = random.Random(seed)
     names = [n for n in SCENARIOS if not only or n in only]
@@ -191,7 +193,7 @@ def campaign(trials: int, seed: int, only: list[str] | None = None) -> dict[str,
     return {
         "steps": STEPS,
         "interval": INTERVAL,
-        "seed": seed,
+        "seeds": [seed],
         "versions": {
             "torch": torch.__version__,
             "lightning": lightning.__version__,
@@ -202,20 +204,30 @@ def campaign(trials: int, seed: int, only: list[str] | None = None) -> dict[str,
     }
 
 
+def add(record: dict[str, Any], file: Path) -> None:
+    """Add the trials of a record to those that a file holds already."""
+    if file.exists():
+        before = json.loads(file.read_text())
+        record = record | {key: before[key] + record[key] for key in ("seeds", "trials")}
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, file)
+
+
 def main() -> int:
     """Entry point; the status is 1 where a trial has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=220)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", metavar="FAULT", help=f"of {', '.join(SCENARIOS)}")
-    parser.add_argument("--out", type=Path, help="write the record, as JSON, to this file")
+    parser.add_argument("--out", type=Path, help="add the record, as JSON, to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     record = campaign(options.trials, options.seed, options.only)
     if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    problems = [t for t in record["trials"] if t["problem"]]  # type: ignore[attr-defined]
-    print(f"{len(record['trials'])} trials, {len(problems)} with a problem")  # type: ignore[arg-type]
+        add(record, options.out)
+    problems = [t for t in record["trials"] if t["problem"]]
+    print(f"{len(record['trials'])} trials, {len(problems)} with a problem")
     return 1 if problems else 0
 
 

@@ -29,7 +29,7 @@ class Ended:
         start: The step at which it (re)started, -1 where it did not come so far.
         reached: The last step that it made.
         seconds: How long it took.
-        launcher: Whether a rank had to be ended because another one was gone, as torchrun does.
+        launcher: Whether a rank had to be ended: another one was gone, or SIGTERM did not do.
     """
 
     statuses: list[int | str]
@@ -77,8 +77,12 @@ class Job:
         path = self.notes / "journal0"
         return path.read_text().splitlines() if path.exists() else []
 
-    def wait(self) -> Ended:
-        """Wait for all ranks, as a launcher does: where one has failed, the others are ended after a while."""
+    def wait(self, patience: float = TIMEOUT) -> Ended:
+        """Wait for all ranks, as a launcher does: where one has failed, the others are ended after a while.
+
+        Args:
+            patience: Seconds after which all are ended, as a scheduler does some time after SIGTERM.
+        """
         statuses: dict[int, int | str] = {}
         begun = failed = time.monotonic()
         launcher = False
@@ -90,7 +94,11 @@ class Job:
                         statuses[rank] = os.waitstatus_to_exitcode(status)
                         failed = time.monotonic()
             hanging = time.monotonic() > begun + TIMEOUT
-            if hanging or (any(statuses.values()) and time.monotonic() > failed + GRACE):
+            if (
+                hanging
+                or time.monotonic() > begun + patience
+                or (any(statuses.values()) and time.monotonic() > failed + GRACE)
+            ):
                 for rank, pid in enumerate(self.pids):
                     if rank not in statuses:
                         os.kill(pid, signal.SIGKILL)

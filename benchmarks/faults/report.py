@@ -25,14 +25,14 @@ def report(record: dict[str, Any]) -> str:
         "",
         f"{len(trials)} trials, each with one random fault. A trial trains a small VAE for {record['steps']} steps with a",
         f"checkpoint every {record['interval']} steps (an epoch has 5, so that most lie inside one), lets the fault happen",
-        "at a random moment, and starts the job again as a launcher would: with `ckpt_path=\"last\"`, or from the",
+        'at a random moment, and starts the job again as a launcher would: with `ckpt_path="last"`, or from the',
         "checkpoint that a refusal offers. The trial passes where the job ends by itself with an error that names the",
         f"fault (or is killed), the next one loses at most {record['interval']} steps, and its final weights, baselines,",
         "codebooks and statistics are those of a job that nothing happened to, bit for bit.",
         "",
         f"Passed: {len(trials) - len(problems)} of {len(trials)}. Python {versions['python']}, torch {versions['torch']},",
-        f"Lightning {versions['lightning']}, Linux, CPU, seed {record['seed']}. Layers, drawn at random:",
-        ", ".join(f"`{name}`" for name in sorted({t['layer'] for t in trials})) + ".",
+        f"Lightning {versions['lightning']}, Linux, CPU, seeds {', '.join(map(str, record['seeds']))}. Layers, drawn at random:",
+        ", ".join(f"`{name}`" for name in sorted({t["layer"] for t in trials})) + ".",
         "",
         "| fault | trials | on two ranks | finished | error | killed | refused, another offered | most steps lost | failed |",
         "|---" * 9 + "|",
@@ -55,9 +55,9 @@ def report(record: dict[str, Any]) -> str:
         "exception; *killed*: by a signal. A damaged checkpoint that is not refused is one whose flipped bit lies in the",
         "padding between its records.",
         "",
-        f"In {waiting} of the trials on two ranks the rank that was left did not find out within 15 seconds that the other",
-        "was gone, and was ended as `torchrun` ends it: a rank that is lost before the ranks have met is waited for until",
-        "the timeout of `torch.distributed`.",
+        f"In {waiting} trials a rank had to be ended by force, as launchers and schedulers do: it did not find out within",
+        "15 seconds that the other one was gone (one that is lost before the ranks have met is waited for until the",
+        "timeout of `torch.distributed`), or did not end within 20 seconds of SIGTERM. Those count as *killed*.",
         "",
         "What the errors look like:",
         "",
@@ -68,7 +68,9 @@ def report(record: dict[str, Any]) -> str:
             lines.append(f"* {scenario.title}: `{min(messages, key=len).replace('`', chr(39))}`")
     if problems:
         lines += ["", "Failed:", ""]
-        lines += [f"* {t['fault']}, {t['layer']} on {t['ranks']} ranks, seed {t['seed']}: {t['problem']}" for t in problems]
+        lines += [
+            f"* {t['fault']}, {t['layer']} on {t['ranks']} ranks, seed {t['seed']}: {t['problem']}" for t in problems
+        ]
     return "\n".join(lines)
 
 

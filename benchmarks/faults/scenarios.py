@@ -89,12 +89,12 @@ def rank_lost(bench: Bench) -> Ended:
 
 
 def terminated(bench: Bench) -> Ended:
-    """SIGTERM to every rank, as a scheduler sends it."""
+    """SIGTERM to every rank, and SIGKILL to what is left 20 seconds later, as a scheduler sends them."""
     job = bench.job("fault")
     time.sleep(bench.moment())
     for rank in range(bench.ranks):
         job.signal(signal.SIGTERM, rank)
-    return job.wait()
+    return job.wait(patience=20.0)
 
 
 def nan_in_a_batch(bench: Bench) -> Ended:
