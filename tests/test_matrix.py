@@ -20,6 +20,7 @@ def test_cell(cells, name, column):
     assert cells[name][column] == ""
 
 
+@pytest.mark.skipif(not scale_matrix.PAGE.exists(), reason="docs are not part of a source distribution")
 def test_the_published_matrix_is_of_the_registered_layers_and_green():
     published = scale_matrix.PAGE.read_text()
     green = scale_matrix.page({name: dict.fromkeys(scale_matrix.COLUMNS, "") for name in NAMES})

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_layers as sl
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
+from stochastic_layers.control_variates import CostMoments, RelativeVariance
 
 
 class FakeRanks:
@@ -42,6 +43,24 @@ def test_gradients_of_uneven_ranks_average_to_that_of_the_joined_mean(monkeypatc
             losses.append(mean_over_ranks(part))
     assert float(sum(losses) / 2) == float(values.mean())
     assert float(sum(part.mean() for part in parts) / 2) != float(values.mean())  # what plain means would give
+
+
+def test_statistics_of_a_control_variate_are_joint_from_the_first_step(monkeypatch):
+    mine, other = torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0]])
+    energies = torch.cat([mine, other]).square()
+    with monkeypatch.context() as patch:
+        FakeRanks(patch, torch.tensor([16.0, 1.0]))  # the sum of the other rank's squares, and its rows
+        objective = RelativeVariance()(mine)
+    torch.testing.assert_close(objective, mine.square().squeeze(-1) / energies.mean())
+    costs = torch.tensor([[1.0, 2.0], [4.0, 9.0]])  # a row of each rank; their mean is 4
+    sums = iter([torch.tensor([13.0, 2.0]), torch.tensor([13.0, 25.0, 2.0])])  # of the other one
+    moments = CostMoments(decay=0.0)
+    with monkeypatch.context() as patch:
+        FakeRanks(patch, 0.0)
+        patch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(next(sums)))
+        moments.observe(costs[:1])
+    torch.testing.assert_close(moments.mean, costs.mean().view(1))
+    torch.testing.assert_close(moments.std.square(), costs.var(correction=0).view(1))
 
 
 def test_ranks_with_different_numbers_of_batches_are_refused(monkeypatch):
