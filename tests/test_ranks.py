@@ -9,6 +9,7 @@ import torch
 from joined_noise import JoinedNoise
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import torchrun
+from scale_runs import ACCUMULATED, build, fit, joined_batches, state
 from scale_variance import KINDS, table
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -177,3 +178,23 @@ def test_two_processes_under_ddp_halve_the_variance_unless_they_share_their_nois
     for kind, (own, own_error, shared, shared_error) in torch.load(tmp_path / "result.pt", weights_only=True).items():
         assert abs(own - 0.5) < 5 * own_error < 0.2, kind
         assert shared - 5 * shared_error > 0.5, kind
+
+
+@pytest.mark.ddp
+def test_two_processes_with_different_numbers_of_batches_are_both_refused():
+    status, output = torchrun(Path(__file__).with_name("uneven_worker.py"), timeout=200)
+    assert status == 0, output[-3000:]
+    assert all(f"rank {rank}: needed the same number of training batches" in output for rank in (0, 1))
+
+
+@pytest.mark.parametrize("name", ["reinforce:moving_average", "vq"])
+def test_a_run_that_accumulates_gradients_resumes_exactly_at_every_optimizer_step(name, tmp_path):
+    model = build(name)
+    whole = fit(model, joined_batches(), checkpoints=tmp_path, **ACCUMULATED).losses
+    assert list(whole) == list(range(6))  # two epochs of three batches: two optimizer steps each
+    for step, batch in ((1, 2), (2, 3), (3, 5)):
+        resumed = build(name)
+        losses = fit(resumed, joined_batches(), resume=tmp_path / f"step={step}.ckpt", **ACCUMULATED).losses
+        assert losses == {number: loss for number, loss in whole.items() if number >= batch}
+        for key, value in state(model).items():
+            assert torch.equal(state(resumed)[key], value), (step, key)
