@@ -1,6 +1,6 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
-from lightning_modules.callbacks import Pictures, Report, ReproducibleNoise
+from lightning_modules.callbacks import CollapseWarning, Pictures, Report, ReproducibleNoise, TemperatureSchedule
 from lightning_modules.checkpoints import CorruptCheckpointError, VerifiedCheckpointIO
 from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.hierarchical import HierarchicalVAE
@@ -24,6 +24,7 @@ __all__ = [
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
+    "CollapseWarning",
     "CorruptCheckpointError",
     "DiscretizedLogistic",
     "GaussianLikelihood",
@@ -38,6 +39,7 @@ __all__ = [
     "ReproducibleNoise",
     "StandardPrior",
     "StochasticClassifier",
+    "TemperatureSchedule",
     "Terms",
     "VerifiedCheckpointIO",
 ]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.optim import Optimizer
 
 from lightning_modules.build import build_likelihood, build_objective
+from lightning_modules.evaluation import Evaluation, unpadded
 from lightning_modules.likelihoods import Likelihood
+from lightning_modules.metrics import importance_statistics
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
+from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics, preserved
 
@@ -32,7 +36,7 @@ MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weight
 _Terms = TypeVar("_Terms")
 
 
-class LatentVariableModel(LightningModule, Generic[_Terms]):
+class LatentVariableModel(WeightsOnly, Generic[_Terms]):
     """Base of models p(x, z), q(z | x) that one optimizer trains on one scalar loss; :class:`VAE` says what is logged.
 
     Args:
@@ -48,6 +52,8 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
 
     latent_shape: tuple[int, ...] = ()
     kl_method: str
+    evaluations: nn.ModuleDict  # the metrics of the stages "val" and "test", which a subclass makes when it is built
+    best_elbo: float = -math.inf
 
     def __init__(
         self,
@@ -102,7 +108,15 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
 
     @abstractmethod
     def bound(self, terms: _Terms) -> dict[str, Tensor]:
-        """``elbo``, ``kl`` and ``reconstruction``, averaged over the batch, with beta = 1."""
+        """``elbo``, ``kl`` and ``reconstruction`` ``[B]``, with beta = 1."""
+
+    @abstractmethod
+    def posterior(self, terms: _Terms) -> Distribution:
+        """q of the first layer, with batch shape ``[B, *positions]``."""
+
+    def kl_of_latents(self, terms: _Terms) -> Tensor | None:
+        """Closed-form KL of each latent variable from a prior that is fixed given nothing else, ``[B, L]``, or None."""
+        return None
 
     @abstractmethod
     def log_weights(self, x: Tensor, params: Tensor, num_samples: int) -> Tensor:
@@ -138,13 +152,15 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
             x: Data ``[B, *data_shape]``.
             num_samples: Number K of draws; the bound rises to log p(x) with it.
         """
+        bound, _ = importance_statistics(self.log_weight_chunks(x, num_samples))
+        return bound.to(x.dtype)
+
+    def log_weight_chunks(self, x: Tensor, num_samples: int) -> Iterator[Tensor]:
+        """:meth:`log_weights` at ``num_samples`` draws in all, ``[K_i, B]`` at a time, each of bounded memory."""
         params = self.encode(x)
-        total = x.new_full((x.shape[0],), -math.inf)
         chunk = max(1, MAX_POINTS // max(1, x.shape[0]))
         for start in range(0, num_samples, chunk):
-            log_weights = self.log_weights(x, params, min(chunk, num_samples - start))
-            total = torch.logaddexp(total, log_weights.logsumexp(0))
-        return total - math.log(num_samples)
+            yield self.log_weights(x, params, min(chunk, num_samples - start))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = data_of(batch)
@@ -152,13 +168,14 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
             self._first_batch(x)
         due = self._logging_is_due
         if due:
-            self._log_all("train", self._gradient_values(x[:PROBE_EXAMPLES]), len(x))
+            self._log_training(self._gradient_values(x[:PROBE_EXAMPLES]), len(x))
         terms = self.terms(x)
         loss = self.loss(terms)
         if due:
-            self._log_bound("train", terms, len(x))
+            with torch.no_grad():
+                self._log_training({name: value.mean() for name, value in self.bound(terms).items()}, len(x))
             if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
-                self._log_all("train", {self.objective.name: -loss.detach().mean()}, len(x))
+                self._log_training({self.objective.name: -loss.detach().mean()}, len(x))
         return mean_over_ranks(loss)
 
     @property
@@ -166,18 +183,13 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
         # logging costs more than a small step, so it is done only where the Trainer writes it out
         return self._trainer is not None and (self.global_step + 1) % log_interval(self._trainer) == 0
 
-    def _log_bound(self, stage: str, terms: _Terms, batch_size: int) -> None:
-        with torch.no_grad():
-            self._log_all(stage, self.bound(terms), batch_size)
-
-    def _log_all(self, stage: str, values: Mapping[str, Tensor | float], batch_size: int) -> None:
-        train = stage == "train"
+    def _log_training(self, values: Mapping[str, Tensor | float], batch_size: int) -> None:
         for name, value in values.items():
             self.log(
-                f"{stage}/{name}",
+                f"train/{name}",
                 value,
-                on_step=train,
-                on_epoch=not train,
+                on_step=True,
+                on_epoch=False,
                 prog_bar=name == "elbo",
                 batch_size=batch_size,
                 sync_dist=True,
@@ -240,17 +252,45 @@ class LatentVariableModel(LightningModule, Generic[_Terms]):
     def on_train_start(self) -> None:
         check_equal_batches(self.trainer.num_training_batches, self.device)
 
+    def evaluation(self, stage: str) -> Evaluation:
+        """The metrics of a stage, ``"val"`` or ``"test"``."""
+        return cast(Evaluation, self.evaluations[stage])
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation("val").reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluation("test").reset()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", data_of(batch))
+        self._evaluate("val", data_of(batch), unpadded(self.trainer.val_dataloaders, batch_idx))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", data_of(batch))
+        self._evaluate("test", data_of(batch), unpadded(self.trainer.test_dataloaders, batch_idx))
 
-    def _evaluate(self, stage: str, x: Tensor) -> None:
-        self._log_bound(stage, self.terms(x), len(x))
-        if self.iwae_samples.get(stage):
-            bound = self.importance_weighted_bound(x, self.iwae_samples[stage]).mean()
-            self._log_all(stage, {"iwae": bound}, len(x))
+    def _evaluate(self, stage: str, x: Tensor, count: int | None) -> None:
+        """Update and log the metrics of a stage by the first ``count`` examples of x, all by default."""
+        evaluation, params = self.evaluation(stage), self.encode(x)
+        terms = self.terms(x, params)
+        bound, kl, q = self.bound(terms), self.kl_of_latents(terms), self.posterior(terms)
+        evaluation.update(bound, kl, q, params, count)
+        if evaluation.iwae is not None:
+            chunks = self.log_weight_chunks(x, self.iwae_samples[stage])
+            evaluation.iwae.update(log_weights[:, :count] for log_weights in chunks)
+        for name, metric in evaluation.scalars().items():
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "elbo")
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking or self.trainer.state.fn != "fit":
+            return
+        self.best_elbo = max(self.best_elbo, float(self.evaluation("val").elbo.compute()))
+        self.log("val/elbo_best", self.best_elbo, reduce_fx="max", sync_dist=True)  # the same on all ranks
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["best_elbo"] = self.best_elbo
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.best_elbo = checkpoint.get("best_elbo", -math.inf)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Latent codes: the mode of q of the first layer, ``[B, *positions, out_features]``."""

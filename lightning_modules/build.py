@@ -37,6 +37,8 @@ Spec = str | Mapping[str, Any]
 
 
 def _named(what: str, spec: Spec, classes: Mapping[str, type[_T]], *args: Any) -> _T:
+    if not isinstance(spec, str | Mapping):
+        raise ValueError(f"needed the name of {what}, {{'name': ..., **options}} or an object, got {spec!r}.")
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", None))
     if name not in classes:
@@ -49,7 +51,31 @@ def _named(what: str, spec: Spec, classes: Mapping[str, type[_T]], *args: Any) -
     return cls(*args, **options)
 
 
-def build_layer(layer: str | StochasticLayer, options: Mapping[str, Any] | None) -> StochasticLayer:
+def layer_spec(layer: Spec, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """The name of a layer and all its options: those of a mapping ``{"name": ..., **options}`` and those beside it.
+
+    Raises:
+        ValueError: The mapping has no name, or an option is given twice with different values.
+    """
+    if not isinstance(layer, str | Mapping) or not isinstance(options, Mapping | None):
+        raise ValueError(
+            f"needed the name of a layer, {{'name': ..., **options}} or a layer, and its options as a mapping, got "
+            f"{layer!r} and {options!r}."
+        )
+    beside, own = dict(options or {}), {"name": layer} if isinstance(layer, str) else dict(layer)
+    name = own.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"needed {{'name': ..., **options}} for a layer, got {layer!r} without a name; add 'name'.")
+    for option in sorted(beside.keys() & own.keys()):
+        if beside[option] != own[option]:
+            raise ValueError(
+                f"needed one value of the option {option!r}, got {own[option]!r} in layer and {beside[option]!r} in "
+                "layer_options; remove one."
+            )
+    return name, beside | own
+
+
+def build_layer(layer: Spec | StochasticLayer, options: Mapping[str, Any] | None) -> StochasticLayer:
     """The layer of a registered name and its options; sizes that are not given get a default."""
     if isinstance(layer, StochasticLayer):
         if options:
@@ -57,7 +83,7 @@ def build_layer(layer: str | StochasticLayer, options: Mapping[str, Any] | None)
                 f"needed no layer_options with a layer object, got {dict(options)}; set them on the object."
             )
         return layer
-    options = dict(options or {})
+    layer, options = layer_spec(layer, options)
     cls = layer_class(layer)
     parameters = inspect.signature(cls).parameters
     options.setdefault("latent_dim", cls.default_latent_dim)

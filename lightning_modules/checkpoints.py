@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["CorruptCheckpointError", "VerifiedCheckpointIO", "damage", "newest_intact"]
+__all__ = ["CorruptCheckpointError", "VerifiedCheckpointIO", "damage", "newest_intact", "refuse_damaged"]
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError)
 PARTIAL = ".partial"  # suffix of a file that is being written; one left by a killed process is overwritten by the next
@@ -87,11 +87,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         weights_only = weights_only is not False
         if _is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        path = Path(path)
-        if path.is_file() and (found := damage(path)):
-            intact = newest_intact(path.parent)
-            remedy = f"use the newest intact one, {intact}" if intact else "there is no other intact one; start anew"
-            raise CorruptCheckpointError(f"needed an intact checkpoint, got {path}, where {found}; {remedy}.")
+        refuse_damaged(path)
         return super().load_checkpoint(path, map_location, weights_only)
 
 
@@ -115,6 +111,19 @@ def damage(path: str | Path) -> str:
     if not any(entry.filename.endswith("/data.pkl") for entry in entries):
         return "there is no record 'data.pkl'"
     return ""
+
+
+def refuse_damaged(path: str | Path) -> None:
+    """Raise where a checkpoint file is damaged; a missing one is for others to find.
+
+    Raises:
+        CorruptCheckpointError: It is damaged.
+    """
+    path = Path(path)
+    if path.is_file() and (found := damage(path)):
+        intact = newest_intact(path.parent)
+        remedy = f"use the newest intact one, {intact}" if intact else "there is no other intact one; start anew"
+        raise CorruptCheckpointError(f"needed an intact checkpoint, got {path}, where {found}; {remedy}.")
 
 
 def newest_intact(folder: str | Path) -> Path | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -16,12 +16,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lightning_modules.base import fused_adam, log_interval, own_noise
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
+from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import capture, surrogate
 
 __all__ = ["StochasticClassifier"]
 
 
-class StochasticClassifier(LightningModule):
+class StochasticClassifier(WeightsOnly):
     r"""Trains a network with random parts on cross-entropy: sampling layers by their own estimators, Bayesian weights.
 
     .. math:: \text{loss} = E[-\log p(y \mid x, \text{noise})] + KL / N

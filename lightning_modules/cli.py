@@ -1,15 +1,18 @@
-"""The console script ``stochastic-layers``: fit, validate, test, predict; list, describe and certify."""
+"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe and certify."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -19,11 +22,14 @@ from rich.table import Table
 
 import stochastic_layers as sl
 from lightning_modules import certify
-from lightning_modules.callbacks import Pictures, Report
+from lightning_modules.callbacks import CollapseWarning, Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
+from lightning_modules.sweeps import TrialRecord
+from lightning_modules.sweeps import command as sweep
+from lightning_modules.untrusted import read_checkpoint, restrict_imports
 from lightning_modules.vae import VAE
 
 __all__ = ["CLI", "capability_markdown", "capability_table", "main"]
@@ -57,7 +63,9 @@ class SaveConfig(SaveConfigCallback):
         self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True, multifile=self.multifile)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                config = self.config.as_dict() | {"layer_name": getattr(pl_module, "layer_name", None)}
+                layers = [layer.name for layer in getattr(pl_module, "stochastic_layers", [])]
+                # a string beside the mapping of a layer and its options: what runs are grouped and coloured by
+                config = self.config.as_dict() | {"layer_name": ", ".join(layers)}
                 logger.experiment.config.update(config, allow_val_change=True)
 
 
@@ -81,17 +89,41 @@ class CLI(LightningCLI):
         parser.link_arguments("data.data_shape", "model.data_shape", apply_on="instantiate")
         parser.set_defaults(self.defaults)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else self.config
+        require_groups(config)
+        path = config.get("ckpt_path")
+        if path and Path(path).is_file():
+            read_checkpoint(path)  # before anything in it is used
+
     def before_instantiate_classes(self) -> None:
         """Resolve ``--model.likelihood auto``: bernoulli for binarized data, else a law over the data's grey levels."""
-        config = self._get(self.config, "model")
-        if config is not None and config.likelihood == "auto":
-            data = self._get(self.config, "data")
+        config, data = self._get(self.config, "model"), self._get(self.config, "data")
+        if config.likelihood == "auto":
             module, _, name = data.class_path.rpartition(".")
             levels: int | None = getattr(getattr(import_module(module), name), "levels", None)
             if data.init_args.get("binarization") == "none" and levels is not None:
                 config.likelihood = {"name": "discretized_logistic", "num_levels": levels + 1}
             else:
                 config.likelihood = "bernoulli"
+        logger = self._get(self.config, "trainer").logger
+        if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("name") == "":
+            logger.init_args.name = None  # what the default logger leaves behind; W&B finds a name of its own
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        for part in (self.model, self.datamodule):
+            # SaveConfig writes the whole configuration, once; Lightning would add parts of it under other names
+            cast(Any, part)._log_hyperparams = False
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -99,7 +131,9 @@ class CLI(LightningCLI):
         patience = self._get(self.config_init, "patience")
         if patience is not None:
             callbacks.append(EarlyStopping("val/elbo", mode="max", patience=patience))
-        callbacks.append(Report())
+        if not any(isinstance(callback, CollapseWarning) for callback in callbacks):
+            callbacks.append(CollapseWarning())
+        callbacks += [Report(), *TrialRecord.from_environment()]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         return trainer
@@ -118,6 +152,22 @@ class CLI(LightningCLI):
                 console.print(f"picture: {file}")
             if path:
                 console.print(f"best weights: {Path(path)}")
+
+
+def require_groups(config: Namespace) -> None:
+    """Refuse what the parser lets through: no options where options belong, and null where a value is needed.
+
+    Raises:
+        ValueError: Such a value.
+    """
+    for name in ("model", "data", "trainer", "checkpoint", "pictures"):
+        if not isinstance(config.get(name), Namespace):
+            raise ValueError(
+                f"needed options under {name!r}, got {config.get(name)!r}; leave the key out for the defaults."
+            )
+    for name, option in signature(VAE).parameters.items():
+        if option.default is not None and config.model.get(name, option.default) is None:
+            raise ValueError(f"needed a value of 'model.{name}', got null; leave the key out for {option.default!r}.")
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Any]:
@@ -199,6 +249,8 @@ def main(args: list[str] | None = None) -> None:
             print(compatibility_markdown())
         elif command == "certify":
             sys.exit(certify.main(rest))
+        elif command == "sweep":
+            sys.exit(sweep.main(rest))
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
             _describe(rest[0])
         elif command in ("list", "describe"):
@@ -207,6 +259,7 @@ def main(args: list[str] | None = None) -> None:
                 f"got {' '.join(words)!r}."
             )
         else:
+            restrict_imports()
             CLI(
                 VAE,
                 ImageDataModule,
@@ -219,7 +272,7 @@ def main(args: list[str] | None = None) -> None:
                 parser_kwargs={"prog": "stochastic-layers"},
                 args=args,
             )
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         sys.exit(f"stochastic-layers: {error}")
 
 

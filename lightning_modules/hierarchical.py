@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.base import PROBE_DRAWS, LatentVariableModel, at_least_float32
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
+from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.networks import MLPDecoder, MLPEncoder
 from lightning_modules.objectives import ELBO, Objective
@@ -162,7 +163,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
             )
         if not layers or isinstance(layers, str):
             raise ValueError(f"needed a list of layers, from the data upwards, got {layers!r}.")
-        built = [_build(layer) for layer in layers]
+        built = [build_layer(layer, None) for layer in layers]
         self.layers = nn.ModuleList(built)
         self.prior = build_prior(prior, built[-1].family)
         first = built[0]
@@ -172,6 +173,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         self.upwards = nn.ModuleList(MLPEncoder([a.out_features], b.in_features, hidden_features) for a, b in pairs)
         self.downwards = nn.ModuleList(MLPDecoder(b.out_features, [a.in_features], hidden_features) for a, b in pairs)
         self.kl_method = self._dry_run()
+        self.evaluations = evaluations(first, (), None, self.iwae_samples)
 
     def _dry_run(self) -> str:
         """Send two examples through, so that parts that do not fit are found at construction."""
@@ -245,8 +247,11 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         return terms.fold(1.0, self.objective.weight(self.global_step))
 
     def bound(self, terms: HierarchicalTerms) -> dict[str, Tensor]:
-        reconstruction, kl = -terms.fold(1.0, 0.0).mean(), terms.fold(0.0, 1.0).mean()
+        reconstruction, kl = -terms.fold(1.0, 0.0), terms.fold(0.0, 1.0)
         return {"elbo": reconstruction - kl, "kl": kl, "reconstruction": reconstruction}
+
+    def posterior(self, terms: HierarchicalTerms) -> Distribution:
+        return terms.samples[0].q
 
     def log_weights(self, x: Tensor, params: Tensor, num_samples: int) -> Tensor:
         layers = self.stochastic_layers
@@ -284,13 +289,6 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         for level in range(len(layers) - 2, -1, -1):
             z = layers[level].family.sample(self._conditional(level, z), 1).squeeze(0)
         return self.likelihood.mean(self.decode(z))
-
-
-def _build(layer: str | Mapping[str, Any] | StochasticLayer) -> StochasticLayer:
-    if isinstance(layer, Mapping):
-        options = dict(layer)
-        return build_layer(str(options.pop("name", None)), options)
-    return build_layer(layer, None)
 
 
 def _on_rows(network: nn.Module, z: Tensor) -> Tensor:

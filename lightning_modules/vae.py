@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.base import LatentVariableModel, at_least_float32
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
+from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.objectives import Objective, Terms
 from lightning_modules.priors import Prior, kl_per_latent
@@ -38,9 +39,10 @@ class VAE(LatentVariableModel[Terms]):
     kept in checkpoints: pass them again to ``load_from_checkpoint``.
 
     Args:
-        layer: A registered name or a :class:`~stochastic_layers.StochasticLayer`.
-        layer_options: Options of a named layer. ``latent_dim`` defaults to the layer's ``default_latent_dim`` (32; less
-            where outcomes are enumerated or codes are vectors), ``num_categories`` to 8.
+        layer: A registered name, ``{"name": ..., **options}``, or a :class:`~stochastic_layers.StochasticLayer`.
+        layer_options: Options of a named layer, beside those of a mapping. ``latent_dim`` defaults to the layer's
+            ``default_latent_dim`` (32; less where outcomes are enumerated or codes are vectors), ``num_categories``
+            to 8.
         encoder: ``"mlp"``, ``"conv"`` or a module ``[N, *data_shape]`` -> ``[N, layer.in_features]`` or, for latents at
             every position, ``[N, layer.in_features, *positions]``.
         decoder: ``"mlp"``, ``"conv"`` or a module ``[N, layer.out_features]`` (``[N, layer.out_features, *positions]``)
@@ -68,7 +70,7 @@ class VAE(LatentVariableModel[Terms]):
 
     def __init__(
         self,
-        layer: str | StochasticLayer = "straight_through",
+        layer: str | StochasticLayer | Mapping[str, Any] = "straight_through",
         layer_options: Mapping[str, Any] | None = None,
         *,
         encoder: str | Mapping[str, Any] | nn.Module = "mlp",
@@ -112,6 +114,7 @@ class VAE(LatentVariableModel[Terms]):
         self.encoder = build_encoder(encoder, self.data_shape, self.layer.in_features)
         self.decoder = build_decoder(decoder, self.layer.out_features, self.output_shape)
         self.kl_method = self._dry_run()
+        self.evaluations = evaluations(self.layer, self.latent_shape, self._num_kl_terms, self.iwae_samples)
 
     @property
     def stochastic_layers(self) -> list[StochasticLayer]:
@@ -184,13 +187,19 @@ class VAE(LatentVariableModel[Terms]):
     def bound(self, terms: Terms) -> dict[str, Tensor]:
         weights = terms.sample.weights
         weights = weights.reshape(*weights.shape, *[1] * (2 - weights.dim()))
-        reconstruction = (weights * terms.log_likelihood).sum(0).mean()
+        reconstruction = (weights * terms.log_likelihood).sum(0)
         if terms.kl is not None:
-            kl = terms.kl.sum(-1).mean()
+            kl = terms.kl.sum(-1)
         else:
             assert terms.log_q is not None and terms.log_prior is not None
-            kl = (weights * (terms.log_q - terms.log_prior)).sum(0).mean()
+            kl = (weights * (terms.log_q - terms.log_prior)).sum(0)
         return {"elbo": reconstruction - kl, "kl": kl, "reconstruction": reconstruction}
+
+    def posterior(self, terms: Terms) -> Distribution:
+        return terms.sample.q
+
+    def kl_of_latents(self, terms: Terms) -> Tensor | None:
+        return terms.kl
 
     def log_weights(self, x: Tensor, params: Tensor, num_samples: int) -> Tensor:
         q = self.layer.distribution(params)
@@ -203,6 +212,12 @@ class VAE(LatentVariableModel[Terms]):
         """Whether a learned baseline was sized for the data rather than for the layer's params."""
         features = getattr(getattr(self.layer, "baseline", None), "context_features", self.layer.in_features)
         return bool(features == math.prod(self.data_shape) != self.layer.in_features)
+
+    @property
+    def _num_kl_terms(self) -> int | None:
+        """Number L of the columns of :attr:`Terms.kl`."""
+        kl = self._kl(self.layer.distribution(torch.zeros(1, *self.latent_shape, self.layer.in_features)))
+        return None if kl is None else kl.shape[1]
 
     def _kl(self, q: Distribution) -> Tensor | None:
         """Closed-form KL per latent variable ``[B, L]``."""

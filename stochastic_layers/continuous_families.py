@@ -463,6 +463,9 @@ class PowerSphericalFamily(ContinuousFamily):
         direction = torch.where(size > 0, direction / torch.where(size > 0, size, 1.0), axis)
         return PowerSpherical(direction / direction.norm(dim=-1, keepdim=True), _positive(raw).squeeze(-1))
 
+    def sample(self, q: Distribution, num_samples: int) -> Tensor:
+        return q.sample(torch.Size((num_samples,)))  # the uniform law, the customary prior, is not reparameterized
+
     def mode(self, q: Distribution) -> Tensor:
         return q.mode
 

@@ -24,6 +24,7 @@ __all__ = [
     "takes_categories",
 ]
 
+MAX_PARAM = 1e18  # its square stays finite in float32, and so do sums and reflections of draws
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
 
 
@@ -147,6 +148,11 @@ class Family(ABC):
                 f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; look at the network "
                 "before the layer (learning rate, input scale, gradient clipping)."
             )
+        if max(-low, high) > MAX_PARAM:
+            raise ValueError(
+                f"needed params of magnitude at most {MAX_PARAM:g}, got {max(-low, high):.3g}, whose square overflows "
+                "in float32; look at the network before the layer."
+            )
 
     def prepare(self, params: Tensor | Sequence[Tensor]) -> Tensor:
         """Join, check and promote params to at least float32.
@@ -159,6 +165,10 @@ class Family(ABC):
                 raise ValueError(
                     f"needed one tensor or the {len(self.parts)} tensors {self.parts} for family {self.name!r}, got "
                     f"{len(params)}."
+                )
+            if not all(isinstance(part, Tensor) for part in params):
+                raise ValueError(
+                    f"needed tensors as the parts {self.parts}, got {[type(part).__name__ for part in params]}."
                 )
             sizes = self.part_sizes
             try:

@@ -151,7 +151,7 @@ class StochasticLayer(nn.Module, ABC):
         num_samples: int = 1,
     ) -> None:
         super().__init__()
-        name = family if isinstance(family, str) else str(family.get("name"))
+        name = str(family.get("name") if isinstance(family, Mapping) else family)
         if name not in self.families:
             raise ValueError(
                 f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; "
@@ -220,7 +220,15 @@ class StochasticLayer(nn.Module, ABC):
                 q = self.law(prepared.detach())
                 sample = self._sample(q, self.family.sample(q, self.num_samples))
         dtype = (params if isinstance(params, Tensor) else params[0]).dtype
-        return sample if sample.z.dtype == dtype else replace(sample, z=sample.z.to(dtype))
+        if sample.z.dtype == dtype:
+            return sample
+        z = sample.z.to(dtype)
+        if dtype == torch.float16 and not torch.compiler.is_compiling() and not bool(torch.isfinite(z).all()):
+            raise ValueError(
+                f"needed draws of magnitude at most {torch.finfo(dtype).max:g} for float16 params, got "
+                f"{float(sample.z.detach().abs().max()):.3g}; clamp the log-variance, or use bfloat16 or float32."
+            )
+        return replace(sample, z=z)
 
     def forward(self, params: Tensor | Sequence[Tensor], context: Tensor | None = None) -> Tensor:
         """Draw z ``[*batch, out_features]`` (``[S, *batch, out_features]`` for more than one point).

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stochastic_layers.options import check_options
+
 if TYPE_CHECKING:
     from stochastic_layers.layer import StochasticLayer
 
@@ -145,7 +147,7 @@ def create(name: str, **options: Any) -> StochasticLayer:
         **options: The layer's constructor arguments, ``latent_dim`` among them.
 
     Raises:
-        ValueError: Unknown name, unknown option or bad value of an option.
+        ValueError: Unknown name, unknown option, or a bad value or kind of value of an option.
 
     Example:
         >>> import stochastic_layers as sl
@@ -161,6 +163,7 @@ def create(name: str, **options: Any) -> StochasticLayer:
     missing = [p for p, spec in parameters.items() if spec.default is spec.empty and p not in options]
     if missing:
         raise ValueError(f"needed the option {missing[0]!r} of {name!r}, got none; pass {missing[0]}=...")
+    check_options(name, cls, options)
     return cls(**options)
 
 

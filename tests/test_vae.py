@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_layers as sl
-from lightning_modules import ELBO, VAE, GaussianLikelihood, Pictures, ReproducibleNoise
+from lightning_modules import ELBO, VAE, GaussianLikelihood, ReproducibleNoise
 from stochastic_layers.testing import enumerate_outcomes
 
 DISCRETE = [
@@ -272,19 +272,6 @@ def test_categorical_likelihood_reads_levels_and_gaussian_learns_its_scale():
     likelihood = GaussianLikelihood()
     likelihood.log_prob(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)).sum().backward()
     assert likelihood.log_scale.grad.abs() > 0
-
-
-def test_pictures_do_not_change_training(loader, tmp_path):
-    def weights(callbacks):
-        L.seed_everything(1, verbose=False)
-        model = VAE("reinforce")
-        trainer(tmp_path, max_epochs=2, callbacks=callbacks).fit(model, loader, loader)
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    pictures = Pictures(str(tmp_path))
-    assert torch.equal(weights([]), weights([pictures]))
-    assert {f.name for f in pictures.files} == {"samples.png", "reconstructions.png", "curves.png"}
-    assert all(f.stat().st_size > 1000 for f in pictures.files)
 
 
 def test_noise_is_added_by_default_and_not_twice(loader, tmp_path):

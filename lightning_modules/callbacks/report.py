@@ -18,6 +18,8 @@ ROWS = (
     ("test/iwae", "test importance-weighted bound (nats per example)", "{:.2f}"),
     ("test/reconstruction", "test reconstruction, E_q log p(x|z) (nats)", "{:.2f}"),
     ("test/kl", "test KL (nats)", "{:.2f}"),
+    ("test/active_units", "active latent units on the test data", "{:.0f}"),
+    ("test/perplexity", "effective number of categories or codes on the test data", "{:.1f}"),
     ("train/grad_variance", "gradient variance at the layer's params (mean over the run)", "{:.3g}"),
     ("train/grad_snr", "gradient signal-to-noise ratio (mean over the run)", "{:.3g}"),
 )

@@ -1,0 +1,60 @@
+"""Started twice by test_ddp_metrics.py, and imported by it: evaluates and trains one model with all callbacks."""
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_modules import VAE, CollapseWarning, Pictures
+
+LAYERS = {
+    "fsq": {"latent_dim": 3},
+    "residual_vq": {"latent_dim": 2, "code_dim": 3, "num_codes": 4, "depth": 2},
+    "gaussian": {"latent_dim": 3},  # only its closed-form terms can be compared: its draws differ between ranks
+}
+
+
+class Recorder(L.Callback):
+    """Keeps what the metrics say of each unit, before the Trainer resets them; all ranks have to ask."""
+
+    def on_validation_epoch_end(self, trainer, module):
+        metrics = module.evaluation("val")
+        self.vectors = {"variances": metrics.active_units.variances(), "kl": metrics.kl_per_dimension.compute()}
+        if metrics.perplexity is not None:
+            self.vectors["frequencies"] = metrics.perplexity.frequencies()
+
+
+def evaluate(name, folder, **options):
+    """What one model measures on 11 examples in ordinary batches of 2, and the files that drawing it leaves."""
+    L.seed_everything(0, verbose=False)
+    data = TensorDataset((torch.rand(11, 1, 8, 8) > 0.5).float())
+    recorder = Recorder()
+    pictures = Pictures(str(folder), num_images=3, every_n_epochs=1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+        callbacks=[recorder, pictures, CollapseWarning(after_steps=0, patience=1)],
+        **options,
+    )
+    model = VAE(name, LAYERS[name])
+    trainer.validate(model, DataLoader(data, batch_size=2), verbose=False)
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    vectors = recorder.vectors
+    trainer.fit(model, DataLoader(data, batch_size=2), DataLoader(data, batch_size=2))
+    return {"metrics": metrics, "vectors": vectors, "files": [f.name for f in pictures.files]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    results = {name: evaluate(name, folder, devices=2, strategy="ddp") for name in LAYERS}
+    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

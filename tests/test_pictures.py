@@ -1,0 +1,414 @@
+"""Pictures, schedules and the warning of collapse: right, in any logger, and without a trace in training."""
+
+import warnings
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import stochastic_layers as sl
+from lightning_modules import VAE, CollapseWarning, HierarchicalVAE, Pictures, TemperatureSchedule
+from lightning_modules.callbacks.figures import image_grid
+from lightning_modules.callbacks.traversals import interpolations, traversal
+from lightning_modules.data import Digits
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+LAYERS = {
+    "gaussian": {"latent_dim": 3},
+    "straight_through": {"latent_dim": 4},
+    "gumbel_softmax": {"latent_dim": 2, "num_categories": 5},
+    "vq": {"latent_dim": 2, "code_dim": 3, "num_codes": 8},
+    "residual_vq": {"latent_dim": 2, "code_dim": 3, "num_codes": 4, "depth": 2},
+    "lfq": {"latent_dim": 2, "code_dim": 3},
+    "poisson": {"latent_dim": 3},
+    "hard_concrete": {"latent_dim": 3},
+    "invertible_gaussian": {"latent_dim": 2, "num_categories": 3},
+}
+IMAGES = {"samples", "reconstructions", "traversals", "interpolations"}
+
+
+def images(count=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(count, 1, 8, 8, generator=generator) > 0.5).float()
+
+
+def loader(x=None, **options):
+    return DataLoader(TensorDataset(images() if x is None else x), batch_size=8, **options)
+
+
+def trainer(tmp_path, **options):
+    defaults = dict(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=2,
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+    )
+    return L.Trainer(**(defaults | options))
+
+
+def model_of(name, **options):
+    return VAE(name, LAYERS[name], **options).eval()
+
+
+QUICK = ("gaussian", "vq")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS])
+def test_pictures_of_every_family_leave_no_trace_in_training(name, tmp_path):
+    def weights(callbacks):
+        L.seed_everything(1, verbose=False)
+        model = VAE(name, LAYERS[name])
+        run = trainer(tmp_path, callbacks=callbacks)
+        run.fit(model, loader(shuffle=True), loader())
+        return {k: v.clone() for k, v in model.state_dict().items()}
+
+    pictures = Pictures(str(tmp_path), num_images=4, every_n_epochs=2)
+    with_pictures, without = weights([pictures, CollapseWarning()]), weights([])
+    assert all(torch.equal(v, without[k]) for k, v in with_pictures.items())
+    charts = {"latents", "curves"} | ({"usage"} if sl.create(name, **LAYERS[name]).family.discrete else set())
+    if name in ("lfq", "vq", "residual_vq", "gumbel_softmax", "straight_through"):
+        assert {f.stem for f in pictures.files} == IMAGES | charts
+    assert [f.name for f in sorted(tmp_path.glob("epoch*"))] == ["epoch_0002"]
+    for folder in (tmp_path, tmp_path / "epoch_0002"):
+        assert {f"{n}.png" for n in IMAGES} < {f.name for f in folder.glob("*.png")}
+        assert all(f.stat().st_size > 1000 for f in folder.glob("*.png"))
+    assert not list(tmp_path.rglob(".*"))  # no half-written files
+
+
+def test_modules_that_are_frozen_stay_in_the_mode_they_were_in(tmp_path):
+    frozen = nn.BatchNorm1d(64)
+    model = VAE("gaussian", {"latent_dim": 2}, encoder=nn.Sequential(nn.Flatten(), frozen, nn.Linear(64, 4)))
+
+    class Freeze(L.Callback):
+        def on_train_epoch_start(self, run, module):
+            frozen.eval()
+
+        def on_train_epoch_end(self, run, module):
+            assert not frozen.training and module.layer.training
+
+    pictures = Pictures(str(tmp_path), 3, every_n_epochs=1)
+    trainer(tmp_path, max_epochs=1, callbacks=[pictures, Freeze()]).fit(model, loader(), loader())
+
+
+def test_flipping_a_bit_and_walking_categories_decodes_just_that():
+    x = images(20)
+    model = model_of("straight_through")
+    result = traversal(model, x, columns=6, rows=10)
+    assert result.images.shape == (4, 3, 2, 1, 8, 8) and result.units == [0, 1, 2, 3] and result.values == ["0", "1"]
+    z = model.layer.mode(model.encode(x))[:3]
+    for unit in range(4):
+        for bit in (0, 1):
+            changed = z.clone()
+            changed[:, unit] = bit
+            torch.testing.assert_close(result.images[unit, :, bit], model.likelihood.mean(model.decode(changed)))
+    model = model_of("gumbel_softmax")
+    result = traversal(model, x, columns=6)
+    assert result.images.shape == (2, 1, 5, 1, 8, 8)
+    z = model.layer.mode(model.encode(x))[0].view(2, 5).clone()
+    z[1] = torch.eye(5)[3]
+    torch.testing.assert_close(result.images[1, 0, 3], model.likelihood.mean(model.decode(z.view(1, 10)))[0])
+
+
+def test_a_continuous_unit_walks_over_the_range_of_its_posterior():
+    class Identity(nn.Module):
+        def forward(self, z):
+            return z.view(-1, 1, 1, 2)
+
+    model = VAE(
+        "gaussian",
+        {"latent_dim": 2},
+        data_shape=(1, 1, 2),
+        encoder=nn.Sequential(nn.Flatten(), nn.Linear(2, 4)),
+        decoder=Identity(),
+        likelihood="gaussian",
+    ).eval()
+    with torch.no_grad():
+        model.encoder[1].weight.zero_()
+        model.encoder[1].bias.copy_(torch.tensor([1.0, -1.0, 0.0, 0.0]))  # q = N((1, -1), 1)
+    result = traversal(model, torch.randn(128, 1, 1, 2), columns=5)
+    expected = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 5))
+    for unit, loc in ((0, 1.0), (1, -1.0)):
+        seen = result.images[unit, 0, :, 0, 0, unit]
+        assert (seen - (loc + expected)).abs().max() < 0.35  # quantiles of 1024 draws: 0.35 is four standard errors
+        other = result.images[unit, 0, :, 0, 0, 1 - unit]
+        torch.testing.assert_close(other, torch.full((5,), -loc))
+
+
+def test_codes_that_a_unit_does_not_have_leave_empty_places():
+    model = model_of("vq")
+    x = images(20)
+    with torch.no_grad():
+        model.encoder[-1].weight[:3] = 0  # the first latent has one code, the second some
+        model.encoder[-1].weight[3:] *= 30
+    seen = traversal(model, x, columns=6)
+    number = model.layer.indices(model.encode(x))[:, 1].unique().numel()
+    assert number > 1
+    assert seen.images.isnan().flatten(3).all(-1).sum().item() == seen.images.shape[1] * (min(number, 6) - 1)
+    assert image_grid(seen.images.flatten(0, 2), seen.images.shape[2]).axes
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_walks_start_and_end_at_the_reconstructions_and_pass_only_codes(name):
+    model, x = model_of(name), images(6)
+    walks = interpolations(model, x, columns=5)
+    assert walks.shape == (3, 5, 1, 8, 8)
+    both = model.reconstruct(x)
+    torch.testing.assert_close(walks[:, 0], both[::2])
+    torch.testing.assert_close(walks[:, -1], both[1::2])
+    if model.layer.family.discrete:
+        seen = []
+        model.decode = lambda z: seen.append(z) or torch.zeros(*z.shape[:-1], 1, 8, 8)
+        interpolations(model, x, columns=5)
+        size = model.layer.out_features // model.layer.latent_dim
+        z = model.layer.mode(model.encode(x)).view(6, -1, size)
+        (path,) = seen
+        path = path.view(3, 5, -1, size)
+        one, two = z[::2].unsqueeze(1), z[1::2].unsqueeze(1)
+        assert ((path == one).all(-1) | (path == two).all(-1)).all()
+        switched = ((path == two).all(-1) & (one != two).any(-1)).sum(-1)
+        assert (switched.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.slow
+def test_latents_at_positions_and_hierarchies_are_drawn(tmp_path):
+    encoder = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+    decoder = nn.ConvTranspose2d(4, 1, 4, stride=2, padding=1)
+    convolutional = VAE(sl.create("straight_through", latent_dim=4), encoder=encoder, decoder=decoder)
+    hierarchy = HierarchicalVAE(["straight_through", {"name": "gaussian", "latent_dim": 2}])
+    for number, model in enumerate((convolutional, hierarchy)):
+        pictures = Pictures(str(tmp_path / str(number)), num_images=4)
+        run = trainer(tmp_path, max_epochs=1, callbacks=[pictures])
+        run.fit(model, loader(), loader())
+        assert {f.stem for f in pictures.files} == IMAGES | {"latents", "usage", "curves"}
+        assert run.callback_metrics["val/active_units"] <= model.evaluation("val").active_units.num_units
+    assert convolutional.evaluation("val").active_units.num_units == 64
+
+
+def test_data_that_are_no_images_get_a_sentence_and_the_charts(tmp_path, capfd, caplog):
+    model = VAE("gaussian", {"latent_dim": 2}, data_shape=(5,), likelihood="gaussian")
+    pictures = Pictures(str(tmp_path))
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, callbacks=[pictures]).fit(model, loader(torch.randn(16, 5)), loader(torch.randn(16, 5)))
+    assert {f.stem for f in pictures.files} == {"latents", "curves"}
+    said = caplog.text + capfd.readouterr().err
+    assert "examples of shape (5,) are no images" in said
+
+
+def test_families_without_free_coordinates_get_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="points of a sphere"):
+        traversal(VAE("pathwise", {"latent_dim": 3, "family": "power_spherical"}).eval(), images(4))
+    pictures = Pictures(str(tmp_path), num_images=4)
+    model = VAE("pathwise", {"latent_dim": 3, "family": "power_spherical"})
+    trainer(tmp_path, max_steps=1, callbacks=[pictures]).fit(model, loader())
+    assert {f.stem for f in pictures.files} == {"samples", "reconstructions", "interpolations"}
+
+
+class Fake(L.pytorch.loggers.logger.Logger):
+    """A logger that keeps pictures, as W&B or as TensorBoard takes them."""
+
+    name = version = "fake"
+    save_dir = None
+
+    def __init__(self, kind):
+        super().__init__()
+        self.seen = {}
+        if kind == "log_image":
+            self.log_image = lambda key, images, step: self.seen.setdefault(key, []).append(step)
+        else:
+            self.experiment = type(
+                "", (), {"add_figure": lambda _, key, fig, step: self.seen.setdefault(key, [step])}
+            )()
+
+    def log_metrics(self, metrics, step):
+        pass
+
+    def log_hyperparams(self, *args):
+        pass
+
+
+def test_loggers_get_pictures_through_what_they_have(tmp_path):
+    loggers = [Fake("log_image"), Fake("add_figure")]
+    run = trainer(tmp_path, max_epochs=1, logger=loggers, callbacks=[Pictures(str(tmp_path), num_images=3)])
+    run.fit(VAE("gaussian", {"latent_dim": 2}), loader(), loader())
+    for logger in loggers:
+        assert logger.seen == {name: [5] for name in IMAGES | {"latents", "curves"}}
+
+
+def test_options_out_of_range_are_refused():
+    for options in ({"num_images": 1}, {"every_n_epochs": 0}):
+        with pytest.raises(ValueError, match="needed"):
+            Pictures(**options)
+    for options in ({"initial": 0.0}, {"final": -1.0}, {"steps": 0}, {"shape": "cosine"}):
+        with pytest.raises(ValueError, match="needed"):
+            TemperatureSchedule(**options)
+    for options in ({"min_active": 0.0}, {"after_steps": -1}, {"patience": 0}):
+        with pytest.raises(ValueError, match="needed"):
+            CollapseWarning(**options)
+
+
+class Watch(L.Callback):
+    """Keeps the temperature of every step."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, run, module, *args):
+        self.seen[run.global_step - 1] = float(module.layer.temperature)
+
+
+def test_temperature_follows_the_optimizer_step_through_a_restart(tmp_path):
+    def run(schedule, **options):
+        watch, ckpt = Watch(), options.pop("ckpt_path", None)
+        L.seed_everything(0, verbose=False)
+        model = VAE("gumbel_softmax", LAYERS["gumbel_softmax"])
+        run = trainer(tmp_path, callbacks=[schedule, watch], max_epochs=4, **options)
+        run.fit(model, loader(), ckpt_path=ckpt)
+        return run, watch.seen, model
+
+    schedule = TemperatureSchedule(1.0, 0.1, steps=12, shape="linear")
+    whole, seen, model = run(schedule)
+    assert seen == pytest.approx({s: max(0.1, 1 - 0.9 * s / 12) for s in range(20)}, rel=1e-6)
+    assert whole.callback_metrics["train/temperature"] == pytest.approx(0.1)
+    half, first, _ = run(schedule, max_steps=10)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, second, resumed = run(schedule, ckpt_path=tmp_path / "half.ckpt")
+    assert first | second == seen
+    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in model.state_dict().items())
+    _, accumulated, _ = run(schedule, accumulate_grad_batches=5)
+    assert accumulated[3] == pytest.approx(1 - 0.9 * 3 / 12)
+
+
+def test_temperature_schedule_refuses_layers_without_a_temperature_to_set(tmp_path):
+    learned = VAE("gumbel_softmax", LAYERS["gumbel_softmax"] | {"learn_temperature": True})
+    for model, message in ((VAE("gaussian"), "got 'gaussian'"), (learned, "learn_temperature=True")):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, callbacks=[TemperatureSchedule()]).fit(model, loader())
+
+
+def test_schedules_are_drawn_where_something_moves(tmp_path):
+    pictures = Pictures(str(tmp_path), num_images=3)
+    model = VAE("gumbel_softmax", LAYERS["gumbel_softmax"], objective={"name": "elbo", "kl_warmup_steps": 5})
+    trainer(tmp_path, callbacks=[pictures, TemperatureSchedule(steps=5)]).fit(model, loader())
+    assert "schedules" in {f.stem for f in pictures.files}
+    assert {"temperature", "beta"} <= set(pictures.history)
+
+
+def warned(layer, options, objective, tmp_path, **callback):
+    L.seed_everything(0, verbose=False)
+    model = VAE(layer, options, objective=objective, lr=3e-3)
+    watch = CollapseWarning(**({"after_steps": 80, "patience": 2} | callback))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trainer(tmp_path, max_epochs=14, log_every_n_steps=50, callbacks=[watch])
+        run.fit(model, Digits(binarization="dynamic"))
+    return [str(w.message) for w in caught if "collapse" in str(w.message)], run
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        ("gaussian", {"latent_dim": 8}),
+        pytest.param("straight_through", {"latent_dim": 16}, marks=SLOW),
+        pytest.param("gumbel_softmax", {"latent_dim": 8, "num_categories": 4}, marks=SLOW),
+        pytest.param("vq", {"latent_dim": 4, "code_dim": 4, "num_codes": 16}, marks=SLOW),
+    ],
+)
+def test_a_healthy_run_is_not_warned_of_collapse(layer, options, tmp_path):
+    messages, run = warned(layer, options, "elbo", tmp_path)
+    assert messages == []
+    assert run.callback_metrics["val/active_units"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [("gaussian", {"latent_dim": 8}), pytest.param("straight_through", {"latent_dim": 16}, marks=SLOW)],
+)
+def test_a_collapsed_run_is_warned_of_once_with_what_to_try(layer, options, tmp_path):
+    (message,), run = warned(layer, options, {"name": "elbo", "beta": 50.0}, tmp_path)
+    assert run.callback_metrics["val/active_units"] == 0
+    assert f"0 of {options['latent_dim']} latent units" in message
+    assert "kl_warmup_steps" in message and "free_bits" in message and "a beta below 50" in message
+
+
+def test_collapse_counts_validations_in_a_row_after_the_grace_and_the_warmup():
+    def warnings_at(active, *, objective="elbo", stage="fit", **options):
+        model, watch, steps = VAE("gaussian", {"latent_dim": 20}, objective=objective), CollapseWarning(**options), []
+        for number, count in enumerate(active):
+            run = SimpleNamespace(
+                sanity_checking=False,
+                state=SimpleNamespace(fn=stage),
+                global_step=100 * number,
+                callback_metrics={"val/active_units": torch.tensor(count)},
+            )
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                watch.on_validation_end(run, model)
+            steps += [100 * number] * len(caught)
+            again = CollapseWarning(**options)
+            again.load_state_dict(watch.state_dict())  # as after a restart
+            watch = again
+        return steps
+
+    assert warnings_at([0] * 30) == [1400]  # five validations from step 1000 on, once
+    assert warnings_at([1] * 30) == []  # 5 % of 20 are not below 5 %
+    assert warnings_at([0] * 30, min_active=0.2, after_steps=0, patience=1) == [0]
+    assert warnings_at([0, 0, 5, 0, 0, 5] * 5, after_steps=0, patience=3) == []
+    warmup = {"name": "elbo", "kl_warmup_steps": 2000}
+    assert warnings_at([0] * 30, objective=warmup) == [2400]
+    assert warnings_at([0] * 30, stage="validate") == []
+
+
+def test_the_best_elbo_is_logged_and_survives_a_restart(tmp_path):
+    class Elbos(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_validation_end(self, run, module):
+            metrics = run.callback_metrics
+            self.seen.append((float(metrics["val/elbo"]), float(metrics.get("val/elbo_best", "nan"))))
+
+    def run(epochs, ckpt=None):
+        elbos = Elbos()
+        L.seed_everything(0, verbose=False)
+        model = VAE("straight_through", {"latent_dim": 8}, lr=0.02)  # learns by heart, so that the ELBO falls again
+        run = trainer(tmp_path, max_epochs=epochs, callbacks=[elbos])
+        run.fit(model, loader(), loader(images(seed=1)), ckpt_path=ckpt)
+        return run, elbos.seen
+
+    whole, seen = run(8)
+    values = [elbo for elbo, _ in seen]
+    assert [best for _, best in seen] == pytest.approx([max(values[: i + 1]) for i in range(8)])
+    assert values[-1] < max(values)
+    half, _ = run(6)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, rest = run(8, tmp_path / "half.ckpt")
+    assert rest == seen[6:]
+    whole.validate(whole.lightning_module, loader(), verbose=False)
+    assert "val/elbo_best" not in whole.callback_metrics
+
+
+def test_evaluation_logs_active_units_and_perplexity(tmp_path):
+    model = VAE("vq", LAYERS["vq"], iwae_samples={"test": 3})
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(model, loader(), loader())
+    run.test(model, loader(), verbose=False)
+    assert set(run.callback_metrics) == {
+        f"test/{n}" for n in ("elbo", "kl", "reconstruction", "iwae", "active_units", "perplexity")
+    }
+    x = images()
+    codes = model.layer.eval().indices(model.encode(x))
+    expected = torch.unique(codes, return_counts=True)[1].double()
+    expected = torch.special.entr(expected / expected.sum()).sum().exp()
+    assert run.callback_metrics["test/perplexity"] == pytest.approx(float(expected))

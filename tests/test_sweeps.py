@@ -1,0 +1,411 @@
+"""Sweeps: W&B's file and search, trials as processes, early termination, interruption, ranking."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import yaml
+
+from lightning_modules import VAE
+from lightning_modules.cli import main
+from lightning_modules.data import Digits
+from lightning_modules.sweeps import Plan, Runner, SweepState, TrialRecord, rank
+from lightning_modules.sweeps.plan import find_file, shipped_files
+from lightning_modules.sweeps.record import TRIAL_VARIABLE, read_record, stop_file
+from lightning_modules.sweeps.runner import share, trial_environment
+
+pytest.importorskip("sweeps", reason="needs W&B's search: pip install 'stochastic-layers[sweeps]', see docs/sweeps.md")
+
+ROOT = Path(__file__).parents[1]
+
+# A trial without torch: its elbo is known, its history has `epochs` lines, one every `pause` seconds.
+PROGRAM = """
+import json, os, sys, time
+words = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+path = os.environ["STOCHASTIC_LAYERS_TRIAL"]
+with open("started.txt", "a") as file:
+    file.write(os.environ["WANDB_RUN_ID"] + "\\n")
+if float(words.get("x", 0)) > 90:
+    sys.exit("x is too large")
+with open(path, "a") as file:
+    file.write(json.dumps({"runs": ["wandb/offline-run-" + os.environ["WANDB_RUN_ID"]]}) + "\\n")
+for epoch in range(int(words.get("epochs", 2))):
+    time.sleep(float(words.get("pause", 0)))
+    elbo = -((float(words.get("x", 0)) - 2) ** 2) + 0.1 * float(words.get("seed_everything", 0))
+    with open(path, "a") as file:
+        file.write(json.dumps({"epoch": epoch, "val/elbo": elbo}) + "\\n")
+    if os.path.exists(path.replace(".jsonl", ".stop")):
+        break
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trial.py").write_text(PROGRAM)
+
+    def write(**changes):
+        config = {
+            "program": "trial.py",
+            "method": "grid",
+            "metric": {"name": "val/elbo", "goal": "maximize"},
+            "parameters": {"x": {"values": [0, 1, 2, 3]}},
+            "command": ["${interpreter}", "${program}", "${args}"],
+        } | changes
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
+        return Plan.load(tmp_path / "sweep.yaml")
+
+    return write
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *map(str, words)])
+    return stop.value.code
+
+
+def started():
+    return Path("started.txt").read_text().split()
+
+
+def test_a_grid_runs_every_point_once_and_ranks_them(sweep, capsys):
+    sweep(parameters={"x": {"values": [0, 1, 2, 3]}, "seed_everything": {"values": [0, 1, 2]}})
+    assert call("sweep.yaml", "--workers", 2) == 0
+    out = capsys.readouterr().out
+    assert "highest val/elbo first" in out and "3 finished" in out and "runs.txt" in out
+    folder = Path("runs/sweeps/sweep")
+    ranking = json.loads((folder / "ranking.json").read_text())["ranking"]
+    assert ranking[0]["parameters"]["x"] == 2 and len(started()) == 12
+    assert [row["value"] for row in ranking] == pytest.approx([0.1, -0.9, -0.9, -3.9])
+    assert [row["deviation"] for row in ranking] == pytest.approx([0.1] * 4)
+    with open(folder / "ranking.csv") as file:
+        assert [row["rank"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+    assert len((folder / "runs.txt").read_text().split()) == 12
+    assert call("sweep.yaml") == 0
+    assert len(started()) == 12  # finished trials are not done again
+
+
+def test_a_minimized_metric_ranks_the_other_way(sweep):
+    plan = sweep(metric={"name": "val/elbo", "goal": "minimize"})
+    state = SweepState.open(Path("s"), plan.config)
+    Runner(plan, state, workers=2).run()
+    assert rank(plan, state)[0].parameters["x"] == 0
+
+
+def test_random_points_depend_on_seed_and_number_alone(sweep):
+    plan = sweep(method="random", parameters={"x": {"min": 0.0, "max": 4.0}})
+
+    def points(folder, counts, seed=0):
+        for count in counts:
+            state = SweepState.open(Path(folder), plan.config)
+            Runner(plan, state, count=count, seed=seed).run()
+        return [trial.parameters["x"] for trial in state.trials]
+
+    first = points("a", [3])
+    assert points("b", [1, 3]) == first != points("c", [3], seed=1)
+    assert len(set(first)) == 3 and all(type(x) is float for x in first)
+
+
+def test_the_bayesian_search_learns_from_the_metric(sweep):
+    plan = sweep(method="bayes", parameters={"x": {"min": 0.0, "max": 40.0}}, run_cap=10)
+    state = SweepState.open(Path("s"), plan.config)
+    Runner(plan, state, workers=2).run()
+    assert len(state.trials) == 10
+    assert abs(rank(plan, state)[0].parameters["x"] - 2) < 2  # the chance of ten random points: 1 - 0.9**10 = 65 %
+    assert sum(trial.parameters["x"] < 10 for trial in state.trials[4:]) >= 4
+
+
+def test_hyperband_stops_the_worse_of_two_trials(sweep):
+    plan = sweep(
+        early_terminate={"type": "hyperband", "min_iter": 2, "eta": 3},
+        parameters={"x": {"values": [2, 30]}, "epochs": {"value": 30}, "pause": {"value": 0.1}},
+    )
+    state = SweepState.open(Path("s"), plan.config)
+    Runner(plan, state, workers=2).run()
+    good, bad = state.trials
+    assert (good.state, bad.state) == ("finished", "stopped")
+    lines = [len(state.record(trial).read_text().splitlines()) for trial in (good, bad)]
+    assert lines[0] == 31 and lines[1] < 25
+    assert [row.parameters["x"] for row in rank(plan, state)] == [2, 30]
+
+
+def test_an_unlogged_metric_ends_the_sweep_with_the_nearest_key(sweep):
+    sweep(metric={"name": "val/elb", "goal": "maximize"})
+    assert "did you mean 'val/elbo'" in call("sweep.yaml")
+    assert len(started()) == 1
+
+
+def test_a_failed_trial_is_ranked_last_with_its_reason_and_tried_again_on_the_next_call(sweep, capsys):
+    sweep(parameters={"x": {"values": [2, 99]}})
+    assert call("sweep.yaml") == 1
+    assert "x is too large" in capsys.readouterr().out
+    row = json.loads(Path("runs/sweeps/sweep/ranking.json").read_text())["ranking"][-1]
+    assert (row["rank"], row["value"], row["states"]) == (0, None, ["failed"]) and row["errors"] == ["x is too large"]
+    assert call("sweep.yaml") == 1
+    assert len(started()) == 3  # 2 once, 99 twice
+
+
+def test_three_failures_and_nothing_else_end_the_sweep(sweep):
+    sweep(parameters={"x": {"values": [91, 92, 93, 94, 95]}})
+    assert "3 failures in a row" in call("sweep.yaml")
+    assert len(started()) == 3
+
+
+def interrupted(number, *, wait_for):
+    """Start a sweep in a process of its own, send it a signal when so many trials have started; its exit status."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lightning_modules.cli", "sweep", "sweep.yaml", "--workers", "2"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (Path("started.txt").exists() and len(started()) >= wait_for):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        return process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_an_interrupted_sweep_goes_on_and_redoes_nothing_that_is_done(sweep, number):
+    sweep(parameters={"x": {"values": [0, 1, 2, 3, 4, 5]}, "pause": {"value": 0.3}})
+    code = interrupted(number, wait_for=4)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    state = json.loads(Path("runs/sweeps/sweep/sweep.json").read_text())
+    done = {trial["id"] for trial in state["trials"] if trial["state"] == "finished"}
+    assert 2 <= len(done) < 6
+    before = started()
+    assert call("sweep.yaml", "--workers", 2) == 0
+    again = SweepState.open(Path("runs/sweeps/sweep"), Plan.load(Path("sweep.yaml")).config)
+    assert [trial.state for trial in again.trials] == ["finished"] * 6
+    assert sorted(trial.parameters["x"] for trial in again.trials) == [0, 1, 2, 3, 4, 5]
+    assert done <= {trial.id for trial in again.trials}
+    assert len(started()) - len(before) == 6 - len(done)
+
+
+def test_two_sweeps_do_not_share_a_folder(sweep):
+    plan = sweep()
+    state = SweepState.open(Path("s"), plan.config)
+    with state.locked(), pytest.raises(ValueError, match="no other process"):
+        Runner(plan, SweepState.open(Path("s"), plan.config)).run()
+    state.save()
+    other = sweep(parameters={"x": {"values": [7]}})
+    with pytest.raises(ValueError, match="other content"):
+        SweepState.open(Path("s"), other.config)
+    (Path("s") / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match="choose another one by --folder"):
+        SweepState.open(Path("s"), plan.config)
+
+
+def test_a_trial_gets_the_environment_of_an_agent(sweep, monkeypatch):
+    plan = sweep(project="p", entity="e")
+    state = SweepState.open(Path("s"), plan.config)
+    runner = Runner(plan, state)
+    trial = runner._propose()
+    state.record(trial).parent.mkdir(parents=True)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "stale")
+    alone, known = (trial_environment(plan, state, trial, sweep_id) for sweep_id in (None, "abc"))
+    assert (alone["WANDB_MODE"], alone["WANDB_RUN_ID"], alone["WANDB_PROJECT"]) == ("offline", trial.id, "p")
+    assert "WANDB_SWEEP_ID" not in alone and alone["WANDB_RUN_GROUP"] == f"sweep-{state.id}"
+    assert known["WANDB_SWEEP_ID"] == "abc" and "WANDB_RUN_GROUP" not in known
+    parameters = yaml.safe_load(Path(known["WANDB_SWEEP_PARAM_PATH"]).read_text())
+    assert parameters == {"wandb_version": 1, "x": {"value": 0}}
+
+
+@pytest.mark.parametrize("file", shipped_files())
+def test_the_command_line_is_the_one_of_wandb_agent(file):
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    plan = Plan.load(find_file(file))
+    state = SweepState.open(Path("unused"), plan.config)
+    parameters = plan.propose(state, seed=0)
+    given = utils.create_sweep_command_args({"args": {k: {"value": v} for k, v in parameters.items()}})
+    given |= {"env": ["/usr/bin/env"], "program": [plan.config["program"]]}
+    words = [w for c in plan.config["command"] for w in (given[c[2:-1]] if c.startswith("${") else [c])]
+    assert words[:2] == ["/usr/bin/env", "stochastic-layers"]
+    ours = plan.command(parameters)
+    assert ours[:3] == [sys.executable, "-m", "lightning_modules.cli"] and ours[3:] == words[2:]
+
+
+@pytest.mark.parametrize("why", ["nothing", "a request", "the sweep was killed"])
+def test_a_trial_ends_after_the_validation_that_follows_a_reason(why, tmp_path, monkeypatch):
+    path = tmp_path / "trial.jsonl"
+    monkeypatch.setenv(TRIAL_VARIABLE, str(path))
+    (record,) = TrialRecord.from_environment()
+    if why == "a request":
+        stop_file(path).touch()
+    elif why == "the sweep was killed":
+        record._parent = -1
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_train_batches=1,
+        log_every_n_steps=1,
+        num_sanity_val_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record],
+    )
+    trainer.fit(VAE("gaussian", {"latent_dim": 2}), Digits(binarization="dynamic"))
+    read = read_record(path)
+    assert len(read.history) == (3 if why == "nothing" else 1)
+    assert read.last("val/elbo") == float(trainer.callback_metrics["val/elbo"])
+    with path.open("a") as file:
+        file.write('{"val/elbo": 1')  # a line that is being written
+    assert read_record(path) == read
+    monkeypatch.delenv(TRIAL_VARIABLE)
+    assert TrialRecord.from_environment() == []
+
+
+def test_workers_share_the_gpus_and_the_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert share(0, 1) == {}
+    assert share(1, 2) == {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "5,7"}
+    assert share(0, 8) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert share(2, 4) == {"CUDA_VISIBLE_DEVICES": "6"}
+
+
+BAD = {
+    "not yaml": ("a: [", "YAML file"),
+    "a list": ("- 1", "needed a mapping"),
+    "dates": ("a: 2020-01-01", "plain data"),
+    "goal": ("program: p\nmethod: grid\nmetric: {name: a, goal: max}\nparameters: {x: {value: 1}}", "max"),
+    "no metric": ("program: p\nmethod: grid\nparameters: {x: {value: 1}}", "no metric"),
+    "nested": (
+        "program: p\nmethod: grid\nmetric: {name: a}\nparameters: {m: {parameters: {x: {value: 1}}}}",
+        "use dotted names",
+    ),
+    "no program": ("method: grid\nmetric: {name: a}\nparameters: {x: {value: 1}}", "no program"),
+    "no command": (
+        "program: stochastic-layers\nmethod: grid\nmetric: {name: a}\nparameters: {x: {value: 1}}",
+        "no command",
+    ),
+    "no arguments": (
+        "program: p\nmethod: grid\nmetric: {name: a}\nparameters: {x: {value: 1}}\ncommand: [a]",
+        "without ${args}",
+    ),
+    "unquoted": (
+        "program: p\nmethod: grid\nmetric: {name: a}\nparameters: {x: {value: 1}}\ncommand:\n- --o={'a': 1}\n- ${args}",
+        "in double quotes",
+    ),
+    "custom": ("program: p\nmethod: custom\nmetric: {name: a}\nparameters: {x: {value: 1}}", "custom"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_named_with_the_reason(case, tmp_path):
+    text, message = BAD[case]
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        Plan.load(tmp_path / "bad.yaml")
+    assert str(tmp_path / "bad.yaml") in str(caught.value) and message in str(caught.value)
+
+
+def test_mistakes_on_the_command_line_end_in_one_clear_line(sweep):
+    sweep(method="random", parameters={"x": {"min": 0.0, "max": 4.0}})
+    assert "pass --count" in call("sweep.yaml")
+    assert "count >= 1" in call("sweep.yaml", "--count", 0)
+    assert "layers.yaml" in call("missing.yaml")
+    sweep(command=["${interpreter}", "${program}", "${args_json}", "${args}"])
+    assert "${args_json}" in call("sweep.yaml", "--folder", "other")
+    sweep(parameters={"x": {"min": 0.0, "max": 4.0}})
+    assert "disallowed type with grid search" in call("sweep.yaml", "--folder", "third")
+
+
+def test_a_shipped_file_is_printed_to_be_copied_or_handed_to_wandb(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert call("layers", "--print") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == Plan.load(find_file("layers.yaml")).config
+
+
+def one_step(file, folder, *extra):
+    """A shipped file whose trials take one step."""
+    config = Plan.load(find_file(file)).config
+    position = config["command"].index("${args}")
+    words = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.accelerator=cpu", *extra]
+    config["command"][position:position] = words
+    path = folder / file
+    path.write_text(yaml.safe_dump(config))
+    return Plan.load(path)
+
+
+def offline_run(state, trial):
+    run = json.loads(state.record(trial).read_text().splitlines()[0])["runs"]
+    return Path(*run)
+
+
+def without_null(value):
+    """``config.yaml`` leaves out what is null."""
+    return {k: without_null(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", shipped_files())
+def test_the_metric_of_a_shipped_file_is_a_logged_key_and_the_configuration_is_whole(file, tmp_path, monkeypatch):
+    import wandb_offline
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    plan = one_step(file, tmp_path)
+    state = SweepState.open(tmp_path / "s", plan.config)
+    Runner(plan, state, count=1).run()
+    (trial,) = state.trials
+    assert trial.state == "finished", state.log(trial).read_text()
+    run = offline_run(state, trial)
+    assert any(plan.metric in row for row in wandb_offline.history(run))  # letter for letter
+    record = wandb_offline.run_record(run)
+    assert (record.run_id, record.project) == (trial.id, "stochastic-layers")
+    config = wandb_offline.config(run)
+    config.pop("_wandb")
+    own = {name: config.pop(name) if "." in name else config[name] for name in trial.parameters}
+    assert own == trial.parameters  # W&B's record of what the sweep has set, under the dotted names of the file
+    name = config.pop("layer_name")
+    (saved,) = tmp_path.glob(f"runs/stochastic-layers/{trial.id}/config.yaml")
+    written = yaml.safe_load(saved.read_text())
+    assert {key: without_null(config[key]) for key in written} == {key: without_null(written[key]) for key in written}
+    assert {key for key in config if config[key] is not None} <= set(written)  # once: nothing beside it
+    layer = written["model"]["layer"]
+    assert name == (layer if isinstance(layer, str) else layer["name"])
+    assert "None" not in json.dumps(config)
+
+
+@pytest.mark.ddp
+def test_a_two_process_trial_is_one_run_and_obeys_a_request_to_stop(tmp_path, monkeypatch):
+    import wandb_offline
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    plan = one_step(
+        "layers.yaml", tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=500"
+    )
+    state = SweepState.open(tmp_path / "s", plan.config)
+
+    def stop(trial):
+        record = state.record(trial)
+        if trial.state == "running" and record.exists() and "val/elbo" in record.read_text():
+            record.with_suffix(".stop").touch()
+
+    Runner(plan, state, count=1, sweep_id="abcd1234", watch=stop).run()
+    (trial,) = state.trials
+    assert trial.state == "stopped", state.log(trial).read_text()
+    lines = state.record(trial).read_text().splitlines()
+    assert len(lines) < 400 and "test/elbo" in lines[-1]
+    (run,) = Path("runs/wandb").glob("offline-run-*")
+    record = wandb_offline.run_record(run)
+    assert (record.run_id, record.sweep_id, record.run_group) == (trial.id, "abcd1234", "")
+    assert sum("val/elbo" in row for row in wandb_offline.history(run)) == len(lines) - 2
+    assert str(wandb_offline.config(run)["trainer"]["devices"]) == "2"
