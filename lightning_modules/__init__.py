@@ -1,8 +1,16 @@
 """A generic VAE on Lightning that trains any stochastic layer."""
 
-from lightning_modules.callbacks import CollapseWarning, Pictures, Report, ReproducibleNoise, TemperatureSchedule
+from lightning_modules.callbacks import (
+    CollapseWarning,
+    GradientVarianceMonitor,
+    Pictures,
+    Report,
+    ReproducibleNoise,
+    TemperatureSchedule,
+)
 from lightning_modules.checkpoints import CorruptCheckpointError, VerifiedCheckpointIO
 from lightning_modules.classifier import StochasticClassifier
+from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
     BernoulliLikelihood,
@@ -14,6 +22,7 @@ from lightning_modules.likelihoods import (
 from lightning_modules.multi_sample import IWAE, RWS, TVO, Renyi
 from lightning_modules.objectives import ELBO, Objective, Terms
 from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
+from lightning_modules.scoring import LayerScore, LayerScores, score_layers
 from lightning_modules.vae import VAE
 
 __all__ = [
@@ -28,7 +37,11 @@ __all__ = [
     "CorruptCheckpointError",
     "DiscretizedLogistic",
     "GaussianLikelihood",
+    "GradientMoments",
+    "GradientVarianceMonitor",
     "HierarchicalVAE",
+    "LayerScore",
+    "LayerScores",
     "LearnedPrior",
     "Likelihood",
     "Objective",
@@ -42,4 +55,5 @@ __all__ = [
     "TemperatureSchedule",
     "Terms",
     "VerifiedCheckpointIO",
+    "score_layers",
 ]

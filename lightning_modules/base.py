@@ -20,17 +20,15 @@ from lightning_modules.likelihoods import Likelihood
 from lightning_modules.metrics import importance_statistics
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
+from lightning_modules.probe import probe_params
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
-from stochastic_layers.diagnostics import GradientStatistics, preserved
+from stochastic_layers.diagnostics import GradientStatistics
 
 __all__ = ["LatentVariableModel", "at_least_float32", "data_of", "fused_adam", "log_interval", "plain_options"]
 
 _OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
-PROBE_EXAMPLES = 16
-PROBE_DRAWS = 8
-PROBE_CHUNK = 64  # largest number of redraws in one pass
 MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weighted bound
 
 _Terms = TypeVar("_Terms")
@@ -126,6 +124,11 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         """The params of every layer in ``terms`` with their batch dimension; ``params`` were those of the first."""
         return [(params, 0)]
 
+    @property
+    @abstractmethod
+    def inference_networks(self) -> list[nn.Module]:
+        """The network that makes the params of each layer, from the data upwards."""
+
     @abstractmethod
     def generate(self, num_samples: int) -> Tensor:
         """Means of p(x | z) at draws z of the prior: ``[num_samples, *data_shape]``."""
@@ -166,24 +169,18 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         x = data_of(batch)
         if self.global_step == 0 and batch_idx == 0:
             self._first_batch(x)
-        due = self._logging_is_due
-        if due:
-            self._log_training(self._gradient_values(x[:PROBE_EXAMPLES]), len(x))
         terms = self.terms(x)
         loss = self.loss(terms)
-        if due:
-            with torch.no_grad():
-                self._log_training({name: value.mean() for name, value in self.bound(terms).items()}, len(x))
-            if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
-                self._log_training({self.objective.name: -loss.detach().mean()}, len(x))
+        if self._logging_is_due:
+            self._log_training(terms, loss, len(x))
         return mean_over_ranks(loss)
 
-    @property
-    def _logging_is_due(self) -> bool:
-        # logging costs more than a small step, so it is done only where the Trainer writes it out
-        return self._trainer is not None and (self.global_step + 1) % log_interval(self._trainer) == 0
-
-    def _log_training(self, values: Mapping[str, Tensor | float], batch_size: int) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # Lightning's log inspects its caller: not traceable
+    def _log_training(self, terms: _Terms, loss: Tensor, batch_size: int) -> None:
+        with torch.no_grad():
+            values = {name: value.mean() for name, value in self.bound(terms).items()}
+        if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
+            values[self.objective.name] = -loss.detach().mean()
         for name, value in values.items():
             self.log(
                 f"train/{name}",
@@ -195,15 +192,13 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
                 sync_dist=True,
             )
 
-    def _gradient_values(self, x: Tensor) -> dict[str, float]:
-        (statistics,) = self.probe(x, PROBE_DRAWS)
-        return {"grad_variance": statistics.total_variance, "grad_snr": statistics.snr}
+    @property
+    def _logging_is_due(self) -> bool:
+        # logging costs more than a small step, so it is done only where the Trainer writes it out
+        return self._trainer is not None and (self.global_step + 1) % log_interval(self._trainer) == 0
 
     def probe(self, x: Tensor, num_draws: int) -> list[GradientStatistics]:
-        """Moments of the gradient of the training loss at each layer's params; disturbs neither noise nor state.
-
-        All noise is redrawn at fixed data and fixed params of the first layer. The loss is that of the objective with
-        all its terms: those in closed form add no variance, but belong to the signal that the optimizer follows.
+        """Moments of the gradient of the training loss at each layer's params: see :func:`probe_params`.
 
         Args:
             x: Data ``[B, *data_shape]``.
@@ -212,27 +207,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         Raises:
             ValueError: Too few redraws, or a model in evaluation mode, which has no estimator.
         """
-        if num_draws < 2:
-            raise ValueError(f"needed num_draws >= 2 to measure a variance, got {num_draws}.")
-        if not all(layer.training for layer in self.stochastic_layers):
-            raise ValueError("needed a model in training mode, got eval(), which has no estimator; call model.train().")
-        chunks: list[list[Tensor]] = []
-        with preserved(self), torch.enable_grad():
-            params = self.encode(x).detach()
-            for start in range(0, num_draws, PROBE_CHUNK):
-                draws = min(PROBE_CHUNK, num_draws - start)
-                leaf = _repeat(params, draws).requires_grad_()
-                terms = self.terms(_repeat(x, draws), leaf)
-                tensors, dims = zip(*self.probed(terms, leaf), strict=True)
-                gradients = torch.autograd.grad(self.loss(terms).sum(), tensors)
-                chunks.append(
-                    [
-                        g.movedim(dim, 0).double().reshape(draws, len(x), *_without(g.shape, dim))
-                        for g, dim in zip(gradients, dims, strict=True)
-                    ]
-                )
-        every = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-        return [GradientStatistics(g.mean(0), g.var(0), num_draws) for g in every]
+        return probe_params(self, x, num_draws)
 
     def _first_batch(self, x: Tensor) -> None:
         if self.likelihood.binary and not bool(((x == 0) | (x == 1)).all()):
@@ -306,7 +281,12 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         return self.make_optimizer([group for group in groups if group["params"]])
 
     def configure_callbacks(self) -> list[Callback]:
-        return own_noise(self.trainer)
+        # imported late: the callback is written for this class
+        from lightning_modules.callbacks.gradient_variance import GradientVarianceMonitor
+
+        callbacks = cast(Any, self.trainer).callbacks
+        monitored = any(isinstance(c, GradientVarianceMonitor) for c in callbacks)
+        return [*own_noise(self.trainer), *([] if monitored else [GradientVarianceMonitor()])]
 
 
 def own_noise(trainer: Trainer) -> list[Callback]:
@@ -364,12 +344,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, (str, bool, int, float)) else _OBJECT
-
-
-def _repeat(tensor: Tensor, times: int) -> Tensor:
-    """``[B, ...]`` -> ``[times * B, ...]``, a new tensor."""
-    return tensor.detach().expand(times, *tensor.shape).flatten(0, 1).clone()
-
-
-def _without(shape: Sequence[int], dim: int) -> list[int]:
-    return [n for i, n in enumerate(shape) if i != dim]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.base import PROBE_DRAWS, LatentVariableModel, at_least_float32
+from lightning_modules.base import LatentVariableModel, at_least_float32
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
@@ -84,8 +84,8 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     estimated on the draws.
 
     Logs the keys of :class:`VAE`; ``train/grad_variance`` is the sum over the layers, ``train/grad_variance/<l>`` (from
-    1, at the data) that of one layer. For l > 1 it includes the variation of the draws below, from which its params are
-    computed.
+    1, at the data) that of one layer, and likewise ``train/grad_snr``. For l > 1 it includes the variation of the draws
+    below, from which its params are computed.
 
     Args:
         layers: From the data upwards: names of layers, mappings ``{"name": ..., **options}``, or layers.
@@ -202,6 +202,10 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     def stochastic_layers(self) -> list[StochasticLayer]:
         return [layer for layer in self.layers if isinstance(layer, StochasticLayer)]
 
+    @property
+    def inference_networks(self) -> list[nn.Module]:
+        return [self.encoder, *self.upwards]
+
     def encode(self, x: Tensor) -> Tensor:
         params: Tensor = self.encoder(x)
         return params
@@ -273,13 +277,6 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
 
     def probed(self, terms: HierarchicalTerms, params: Tensor) -> list[tuple[Tensor, int]]:
         return [(params, 0), *((above, above.dim() - 2) for above in terms.params[1:])]
-
-    def _gradient_values(self, x: Tensor) -> dict[str, float]:
-        statistics = self.probe(x, PROBE_DRAWS)
-        variances = [s.total_variance for s in statistics]
-        noise, signal = sum(variances), sum(s.squared_norm for s in statistics)
-        values = {"grad_variance": noise, "grad_snr": (signal / noise) ** 0.5 if noise else 0.0}
-        return values | {f"grad_variance/{i}": v for i, v in enumerate(variances, 1)}
 
     @torch.no_grad()
     def generate(self, num_samples: int) -> Tensor:

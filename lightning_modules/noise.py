@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules.data.binarize import mix64
+from stochastic_layers.preserved import seed_generators
 
 __all__ = ["ReproducibleNoise"]
 
@@ -46,12 +47,7 @@ class ReproducibleNoise(Callback):
     def _reseed(self, trainer: Trainer, *position: int) -> None:
         assert self.seed is not None
         seed = mix64(self.seed, trainer.global_rank if self.mode == "per_rank" else 0, *position)
-        # Not torch.manual_seed: without a GPU it appends the call, with a formatted stack, to a list that is played
-        # when CUDA is initialised. At every batch that is a tenth of a small step, and the list grows for ever.
-        torch.default_generator.manual_seed(seed)
-        device = trainer.strategy.root_device
-        if device.type != "cpu":
-            getattr(torch, device.type).manual_seed(seed)
+        seed_generators(seed, trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._reseed(trainer, _FIT, trainer.current_epoch, batch_idx)

@@ -117,6 +117,10 @@ class ELBO(Objective):
         """Weight of the KL at an optimizer step."""
         return self.beta * min(1.0, step / self.kl_warmup_steps) if self.kl_warmup_steps else self.beta
 
+    def kl_term(self, kl: Tensor, weight: float) -> Tensor:
+        """The weighted KL of the loss ``[B]`` (a scalar with free bits) of a closed-form KL ``[B, L]``."""
+        return weight * (kl.mean(0).clamp_min(self.free_bits).sum() if self.free_bits else kl.sum(-1))
+
     def loss(self, terms: Terms, step: int) -> Tensor:
         weight = self.weight(step)
         cost = -terms.log_likelihood
@@ -128,5 +132,4 @@ class ELBO(Objective):
                     "free_bits=0 or use prior='standard'."
                 )
             return terms.sample.surrogate(cost + weight * (terms.log_q - terms.log_prior))
-        kl = terms.kl.mean(0).clamp_min(self.free_bits).sum() if self.free_bits else terms.kl.sum(-1)
-        return terms.sample.surrogate(cost) + weight * kl
+        return terms.sample.surrogate(cost) + self.kl_term(terms.kl, weight)

@@ -31,9 +31,9 @@ class VAE(LatentVariableModel[Terms]):
     ``<stage>/kl``, ``<stage>/reconstruction`` (:math:`E_q \log p(x \mid z)`), ``<stage>/iwae`` where asked, and
     ``train/grad_variance`` and ``train/grad_snr``: total variance and signal-to-noise ratio of the gradient of the
     objective (all its terms) with respect to the layer's params, at fixed params and data, per example
-    (:class:`~stochastic_layers.diagnostics.GradientStatistics`). An objective other than the ELBO also logs its own
-    value under its own name (``train/iwae``, ``train/tvo``, ...). Training values are those of the batch at every
-    ``log_every_n_steps``.
+    (:class:`~stochastic_layers.diagnostics.GradientStatistics`), by the :class:`GradientVarianceMonitor` that the model
+    has unless the Trainer was given one. An objective other than the ELBO also logs its own value under its own name
+    (``train/iwae``, ``train/tvo``, ...). Training values are those of the batch at every ``log_every_n_steps``.
 
     Every argument that names a part takes a name, a mapping ``{"name": ..., **options}``, or an object. Objects are not
     kept in checkpoints: pass them again to ``load_from_checkpoint``.
@@ -120,6 +120,10 @@ class VAE(LatentVariableModel[Terms]):
     def stochastic_layers(self) -> list[StochasticLayer]:
         return [self.layer]
 
+    @property
+    def inference_networks(self) -> list[nn.Module]:
+        return [self.encoder]
+
     def _dry_run(self) -> str:
         """Send two examples through, so that parts that do not fit are found at construction."""
         modes = {m: m.training for m in self.modules()}
@@ -169,11 +173,11 @@ class VAE(LatentVariableModel[Terms]):
     def terms(self, x: Tensor, params: Tensor | None = None) -> Terms:
         """One batch ``[B, *data_shape]`` through the model; ``params`` stand for ``encode(x)`` if given."""
         params = self.encode(x) if params is None else params
-        sample = self.layer.sample(params, x.flatten(1) if params.dim() == 2 and self._wants_data else None)
+        sample = self.layer.sample(params, self.context(self.layer, x, params))
         objective, z = self.objective, sample.z
         if objective.detaches_draws:
             z = z.detach().requires_grad_(objective.stops_q and torch.is_grad_enabled())
-        kl, log_prior, log_q = self._kl(sample.q), None, None
+        kl, log_prior, log_q = self.closed_form_kl(sample.q), None, None
         if kl is None or objective.needs_log_weights:
             q = self.layer.distribution(params.detach()) if objective.stops_q else sample.q
             cut = objective.detaches_draws or objective.stops_q
@@ -207,20 +211,20 @@ class VAE(LatentVariableModel[Terms]):
         log_ratio = self.layer.family.log_prob(self.prior(x.device), z) - self.layer.family.log_prob(q, z)
         return self.log_likelihood(z, x) + _per_example(log_ratio)
 
-    @property
-    def _wants_data(self) -> bool:
-        """Whether a learned baseline was sized for the data rather than for the layer's params."""
-        features = getattr(getattr(self.layer, "baseline", None), "context_features", self.layer.in_features)
-        return bool(features == math.prod(self.data_shape) != self.layer.in_features)
+    def context(self, layer: StochasticLayer, x: Tensor, params: Tensor) -> Tensor | None:
+        """The data ``[B, F]``, if a learned baseline of the layer was sized for them rather than for params."""
+        features = getattr(getattr(layer, "baseline", None), "context_features", layer.in_features)
+        wants_data = features == math.prod(self.data_shape) != layer.in_features
+        return x.flatten(1) if params.dim() == 2 and wants_data else None
 
     @property
     def _num_kl_terms(self) -> int | None:
         """Number L of the columns of :attr:`Terms.kl`."""
-        kl = self._kl(self.layer.distribution(torch.zeros(1, *self.latent_shape, self.layer.in_features)))
+        kl = self.closed_form_kl(self.layer.distribution(torch.zeros(1, *self.latent_shape, self.layer.in_features)))
         return None if kl is None else kl.shape[1]
 
-    def _kl(self, q: Distribution) -> Tensor | None:
-        """Closed-form KL per latent variable ``[B, L]``."""
+    def closed_form_kl(self, q: Distribution) -> Tensor | None:
+        """KL(q || prior) per latent variable ``[B, L]``, ``None`` where it has no closed form."""
         if self.kl_method != "analytic":
             return None
         return kl_per_latent(q, self.prior(self.device)).flatten(1)

@@ -1,30 +1,30 @@
 """Drop-in sampling layers for PyTorch: swap the gradient estimator by changing one word."""
 
 from stochastic_layers.adapters import ChannelsFirst
+from stochastic_layers.arms import ARMS
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
 from stochastic_layers.control_variates import NVIL, MuProp
-from stochastic_layers.coupled import ARM, ARMS, DisARM, DisARMTree
+from stochastic_layers.coupled import ARM, DisARM, DisARMTree
 from stochastic_layers.coupled_categorical import ARSM, CARMS
 from stochastic_layers.double_cv import DoubleControlVariate
 from stochastic_layers.exact import Enumeration
+from stochastic_layers.finite_scalar import FiniteScalarPerturbation, FiniteScalarQuantizer
 from stochastic_layers.flows import Flow
-from stochastic_layers.gumbel_straight_through import (
-    GappedStraightThrough,
-    GumbelRao,
-    ReinMaxRao,
-    StraightThroughGumbel,
-)
+from stochastic_layers.gumbel_straight_through import GappedStraightThrough, GumbelRao, StraightThroughGumbel
 from stochastic_layers.hard_concrete import HardConcrete
 from stochastic_layers.invertible_gaussian import InvertibleGaussian
 from stochastic_layers.layer import Sample, StochasticLayer
-from stochastic_layers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from stochastic_layers.learned_quantizers import DiVeQ, SimVQ
+from stochastic_layers.lookup_free import BinarySphericalQuantizer, LookupFreeQuantizer
 from stochastic_layers.measure_valued import MeasureValued
 from stochastic_layers.pathwise import Antithetic, Gaussian, Pathwise, QuasiMonteCarlo
 from stochastic_layers.poisson import Poisson, PoissonStraightThrough
 from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, VectorQuantizer
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
-from stochastic_layers.rebar import Rebar, Relax
+from stochastic_layers.rebar import Rebar
 from stochastic_layers.registry import Description, create, describe, list_layers, register
+from stochastic_layers.reinmax import ReinMaxCV, ReinMaxRao
+from stochastic_layers.relax import Relax
 from stochastic_layers.relaxed import EntmaxGumbel, GumbelSoftmax
 from stochastic_layers.rodeo import Rodeo
 from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce
@@ -41,16 +41,19 @@ __all__ = [
     "NVIL",
     "Antithetic",
     "Baseline",
+    "BinarySphericalQuantizer",
     "ChannelsFirst",
     "CoordinateFlip",
     "DecoupledStraightThrough",
     "Description",
+    "DiVeQ",
     "Dice",
     "DisARM",
     "DisARMTree",
     "DoubleControlVariate",
     "EntmaxGumbel",
     "Enumeration",
+    "FiniteScalarPerturbation",
     "FiniteScalarQuantizer",
     "Flow",
     "GappedStraightThrough",
@@ -73,6 +76,7 @@ __all__ = [
     "QuasiMonteCarlo",
     "Rebar",
     "ReinMax",
+    "ReinMaxCV",
     "ReinMaxRao",
     "Reinforce",
     "Relax",
@@ -80,6 +84,7 @@ __all__ = [
     "Rodeo",
     "RotationTrick",
     "Sample",
+    "SimVQ",
     "SparsemaxMarginalization",
     "StochasticLayer",
     "StraightThrough",

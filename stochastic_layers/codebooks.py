@@ -1,21 +1,129 @@
-"""A learned codebook: nearest neighbours, moving averages, k-means at the start, revival of dead codes."""
+"""Learned codebooks: nearest neighbours, moving averages or gradients, k-means at the start, revival of dead codes."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochastic_layers.codes import Codes, check_positive_int
 from stochastic_layers.recomputation import refuse_recomputation
 
-__all__ = ["Codebook"]
+__all__ = ["Codebook", "LearnedCodebook", "NearestCodes", "ProjectedCodebook"]
 
 ROWS_PER_CODE = 256  # k-means looks at no more rows than this for each code; more do not move centroids visibly
 KMEANS_STEPS = 10
 
 
-class Codebook(Codes):
+class NearestCodes(Codes):
+    """Base of codebooks: a vector is given the code nearest to it.
+
+    Args:
+        code_dim: Size D of a code vector.
+        num_codes: Number K of codes, at least 2.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+
+    def __init__(self, code_dim: int, num_codes: int) -> None:
+        super().__init__()
+        self.code_dim = check_positive_int("code_dim", code_dim)
+        self.num_codes = check_positive_int("num_codes", num_codes)
+        if num_codes < 2:
+            raise ValueError(f"needed num_codes >= 2, got {num_codes}.")
+
+    @abstractmethod
+    def table(self) -> Tensor:
+        """The code vectors ``[K, D]``."""
+
+    def indices(self, x: Tensor) -> Tensor:
+        table = self.table().detach().to(x.dtype)
+        # |x - c|^2 less |x|^2, which is the same for all codes
+        scores = torch.addmm(table.square().sum(-1), x.detach().reshape(-1, self.code_dim), table.t(), alpha=-2)
+        return scores.argmin(-1).view(x.shape[:-1])
+
+    def decode(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        self.check_indices(indices)
+        table = self.table()
+        return table[indices].to(dtype or table.dtype)
+
+
+class ProjectedCodebook(NearestCodes):
+    """Fixed random vectors times one learned matrix: moving a code moves them all.
+
+    Args:
+        code_dim: Size D of a code vector.
+        num_codes: Number K of codes.
+    """
+
+    basis: Tensor
+
+    def __init__(self, code_dim: int, num_codes: int) -> None:
+        super().__init__(code_dim, num_codes)
+        self.register_buffer("basis", torch.randn(num_codes, code_dim) / code_dim**0.5)
+        self.projection = nn.Parameter(torch.eye(code_dim))
+
+    def table(self) -> Tensor:
+        return self.basis @ self.projection
+
+
+def _check_rates(decay: float, revive_below: float) -> None:
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"needed 0 <= decay < 1, got {decay}.")
+    if not 0.0 <= revive_below < 1.0:
+        raise ValueError(f"needed 0 <= revive_below < 1, got {revive_below}; 1 is the count of an average code.")
+
+
+class LearnedCodebook(NearestCodes):
+    """Code vectors trained by the gradient of the cost; start and revival as in :class:`Codebook`.
+
+    A code is an anchor, a buffer that k-means and revival set, plus a shift, the parameter: what a forward pass changes
+    is in buffers, which diagnostics put back, and parameters change in the optimizer alone.
+
+    Args:
+        code_dim: Size D of a code vector.
+        num_codes: Number K of codes.
+        decay: Weight of the past in the moving averages of the counts, in [0, 1).
+        revive_below: As in :class:`Codebook`.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    anchors: Tensor
+    counts: Tensor
+    initialized: Tensor
+
+    def __init__(self, code_dim: int, num_codes: int, *, decay: float = 0.99, revive_below: float = 0.01) -> None:
+        super().__init__(code_dim, num_codes)
+        _check_rates(decay, revive_below)
+        self.decay, self.revive_below = decay, revive_below
+        self.shift = nn.Parameter(torch.zeros(num_codes, code_dim))
+        self.register_buffer("anchors", torch.randn(num_codes, code_dim))
+        self.register_buffer("counts", torch.ones(num_codes))
+        self.register_buffer("initialized", torch.zeros(1, dtype=torch.bool))
+
+    def table(self) -> Tensor:
+        return self.anchors + self.shift
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """k-means on the first batch ``[N, D]``; later calls return at once."""
+        _initialize(self.anchors, self.counts, torch.zeros_like(self.anchors), self.initialized, x.detach())
+
+    @torch.no_grad()
+    def update(self, x: Tensor, indices: Tensor) -> None:
+        """Moving averages of the counts of ``indices [N]``, then revival of dead codes by rows of ``x [N, D]``."""
+        before, rates = self.table(), (self.decay, self.revive_below)
+        after = before.clone()
+        _update(after, self.counts, torch.zeros_like(before), self.initialized, x.detach(), indices, *rates, False)
+        self.anchors.copy_(torch.where(after != before, after - self.shift, self.anchors))
+
+
+class Codebook(NearestCodes):
     """Code vectors that follow the vectors assigned to them by moving averages; state in buffers, no parameters.
 
     All ranks of ``torch.distributed`` hold the same codebook: sums and counts are added over the ranks, the rows that
@@ -39,15 +147,8 @@ class Codebook(Codes):
     initialized: Tensor
 
     def __init__(self, code_dim: int, num_codes: int, *, decay: float = 0.99, revive_below: float = 0.01) -> None:
-        super().__init__()
-        self.code_dim = check_positive_int("code_dim", code_dim)
-        self.num_codes = check_positive_int("num_codes", num_codes)
-        if num_codes < 2:
-            raise ValueError(f"needed num_codes >= 2, got {num_codes}.")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"needed 0 <= decay < 1, got {decay}.")
-        if not 0.0 <= revive_below < 1.0:
-            raise ValueError(f"needed 0 <= revive_below < 1, got {revive_below}; 1 is the count of an average code.")
+        super().__init__(code_dim, num_codes)
+        _check_rates(decay, revive_below)
         self.decay, self.revive_below = decay, revive_below
         vectors = torch.randn(num_codes, code_dim)
         self.register_buffer("vectors", vectors)
@@ -55,15 +156,8 @@ class Codebook(Codes):
         self.register_buffer("sums", vectors.clone())
         self.register_buffer("initialized", torch.zeros(1, dtype=torch.bool))
 
-    def indices(self, x: Tensor) -> Tensor:
-        vectors = self.vectors.to(x.dtype)
-        # |x - c|^2 less |x|^2, which is the same for all codes
-        scores = torch.addmm(vectors.square().sum(-1), x.detach().reshape(-1, self.code_dim), vectors.t(), alpha=-2)
-        return scores.argmin(-1).view(x.shape[:-1])
-
-    def decode(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        self.check_indices(indices)
-        return self.vectors[indices].to(dtype or self.vectors.dtype)
+    def table(self) -> Tensor:
+        return self.vectors
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -74,9 +168,8 @@ class Codebook(Codes):
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor) -> None:
         """Moving averages of the vectors ``[N, D]`` that were assigned to each code ``[N]``, then revival."""
-        _update(
-            self.vectors, self.counts, self.sums, self.initialized, x.detach(), indices, self.decay, self.revive_below
-        )
+        rates = (self.decay, self.revive_below)
+        _update(self.vectors, self.counts, self.sums, self.initialized, x.detach(), indices, *rates, True)
 
 
 # The two updates branch on values and may talk to other ranks. As operators they are opaque to torch.compile, so that
@@ -113,7 +206,7 @@ def _initialize(vectors: Tensor, counts: Tensor, sums: Tensor, initialized: Tens
     mutates_args=("vectors", "counts", "sums"),
     schema=(
         "(Tensor(a!) vectors, Tensor(b!) counts, Tensor(c!) sums, Tensor initialized, Tensor x, Tensor indices, "
-        "float decay, float revive_below) -> ()"
+        "float decay, float revive_below, bool follow) -> ()"
     ),
 )
 def _update(
@@ -125,6 +218,7 @@ def _update(
     indices: Tensor,
     decay: float,
     revive_below: float,
+    follow: bool,  # whether the vectors become the moving averages, or are trained by a gradient
 ) -> None:
     x = x.to(vectors.dtype)
     totals, sizes = _totals(vectors, x, indices)
@@ -136,8 +230,8 @@ def _update(
         return
     counts.mul_(decay).add_(sizes, alpha=1 - decay)
     sums.mul_(decay).add_(totals, alpha=1 - decay)
-    # a code that nothing was assigned to stays exactly where it is: its sum and count shrink alike
-    vectors.copy_(torch.where(sizes[:, None] > 0, sums / counts[:, None].clamp_min(1e-30), vectors))
+    if follow:  # a code that nothing was assigned to stays exactly where it is: its sum and count shrink alike
+        vectors.copy_(torch.where(sizes[:, None] > 0, sums / counts[:, None].clamp_min(1e-30), vectors))
     if revive_below == 0:
         return
     mean = counts.mean()

@@ -1,4 +1,4 @@
-"""Sets of code vectors without state: a grid, the corners of a cube, and sums of the codes of several stages."""
+"""Sets of code vectors without state: grids, the corners of a cube, and sums of the codes of several stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Codes", "GridCodes", "ResidualCodes", "SignCodes", "check_positive_int", "perplexity"]
+__all__ = [
+    "CellCodes",
+    "Codes",
+    "GridCodes",
+    "LevelCodes",
+    "ResidualCodes",
+    "SignCodes",
+    "SphereCodes",
+    "check_positive_int",
+    "perplexity",
+]
 
 
 def check_positive_int(name: str, value: object) -> int:
@@ -86,13 +96,8 @@ class Codes(nn.Module, ABC):
         return f"code_dim={self.code_dim}, num_codes={self.num_codes}"
 
 
-class GridCodes(Codes):
-    r"""Finite scalar quantisation: each coordinate is squashed by a tanh and rounded to one of L levels.
-
-    .. math:: \hat x = \mathrm{round}(h \tanh(x + s) - o), \qquad h = (L - 1)(1 - 10^{-3}) / 2
-
-    with offset o = 1/2 and shift s = tan(o / h) for even L, and 0 for odd L; codes are divided by ``L // 2``. This is
-    the published bound, letter for letter, so that models trained with it carry over.
+class LevelCodes(Codes):
+    """Base of codes whose coordinates take a few levels each, by themselves.
 
     Args:
         levels: Number L of levels of each coordinate, each at least 2; their product is the number of codes.
@@ -116,6 +121,35 @@ class GridCodes(Codes):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("basis", torch.tensor(steps), persistent=False)
 
+    @abstractmethod
+    def digits(self, x: Tensor) -> Tensor:
+        """The level ``[..., D]`` of each coordinate of x, from 0."""
+
+    @abstractmethod
+    def values(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        """The coordinates ``[..., D]`` of levels."""
+
+    def indices(self, x: Tensor) -> Tensor:
+        return (self.digits(x) * self.basis).sum(-1)
+
+    def decode(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        self.check_indices(indices)
+        digits = indices.unsqueeze(-1) // self.basis % self.levels
+        return self.values(digits, dtype or torch.get_default_dtype())
+
+
+class GridCodes(LevelCodes):
+    r"""Finite scalar quantisation: each coordinate is squashed by a tanh and rounded to one of L levels.
+
+    .. math:: \hat x = \mathrm{round}(h \tanh(x + s) - o), \qquad h = (L - 1)(1 - 10^{-3}) / 2
+
+    with offset o = 1/2 and shift s = tan(o / h) for even L, and 0 for odd L; codes are divided by ``L // 2``. This is
+    the published bound, letter for letter, so that models trained with it carry over.
+
+    Args:
+        levels: As in :class:`LevelCodes`.
+    """
+
     def bound(self, x: Tensor) -> Tensor:
         """x squashed to within half a step of the outermost levels; rounding gives the level."""
         levels = self.levels.to(x.dtype)
@@ -127,15 +161,50 @@ class GridCodes(Codes):
         """The differentiable value that :meth:`decode` rounds, on the scale of the codes."""
         return self.bound(x) / (self.levels // 2)
 
-    def indices(self, x: Tensor) -> Tensor:
-        digits = self.bound(x).round().long() + self.levels // 2
-        return (digits * self.basis).sum(-1)
+    def digits(self, x: Tensor) -> Tensor:
+        return self.bound(x).round().long() + self.levels // 2
 
-    def decode(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        self.check_indices(indices)
-        digits = indices.unsqueeze(-1) // self.basis % self.levels
+    def values(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.levels // 2
-        return (digits - half) / half.to(dtype or torch.get_default_dtype())
+        return (digits - half) / half.to(dtype)
+
+
+class CellCodes(LevelCodes):
+    r"""The middles of L equal cells of (0, 1), to which a distribution function F maps each coordinate.
+
+    .. math:: a = F(x), \quad z = \sqrt{12} \, \Big(\frac{\lfloor L a \rfloor + 1/2}{L} - \frac12\Big)
+
+    The middles are the best codes of a coordinate that is uniform in its cell, and the factor gives a uniform
+    coordinate unit variance.
+
+    Args:
+        levels: As in :class:`LevelCodes`.
+        activation: F: ``"tanh"``, (tanh(x) + 1) / 2, or ``"normal"``, the standard normal distribution function.
+
+    Raises:
+        ValueError: Unknown activation, or bad levels.
+    """
+
+    def __init__(self, levels: Sequence[int], activation: str = "tanh") -> None:
+        super().__init__(levels)
+        if activation not in ("tanh", "normal"):
+            raise ValueError(f"needed activation 'tanh' or 'normal', got {activation!r}.")
+        self.activation = activation
+
+    def share(self, x: Tensor) -> Tensor:
+        """a = F(x), between 0 and 1."""
+        return torch.sigmoid(2 * x) if self.activation == "tanh" else torch.special.ndtr(x)
+
+    @staticmethod
+    def scaled(share: Tensor) -> Tensor:
+        """Shares on the scale of the codes."""
+        return (share - 0.5) * math.sqrt(12)
+
+    def digits(self, x: Tensor) -> Tensor:
+        return torch.minimum((self.share(x) * self.levels).long(), self.levels - 1)
+
+    def values(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.scaled((digits.to(dtype) + 0.5) / self.levels)
 
 
 class SignCodes(Codes):
@@ -164,6 +233,17 @@ class SignCodes(Codes):
         self.check_indices(indices)
         bits = indices.unsqueeze(-1) // self.basis % 2
         return (2 * bits - 1).to(dtype or torch.get_default_dtype())
+
+
+class SphereCodes(SignCodes):
+    """Sign codes of length 1: every coordinate is ``-1 / sqrt(D)`` or ``1 / sqrt(D)``.
+
+    Args:
+        code_dim: Number D of bits, at most 62.
+    """
+
+    def decode(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return super().decode(indices, dtype) / math.sqrt(self.code_dim)
 
 
 class ResidualCodes(Codes):

@@ -28,10 +28,12 @@ from torch.distributions import (
     Normal,
     StudentT,
     Uniform,
+    constraints,
 )
 
 from stochastic_layers.distributions import HypersphericalUniform, Kumaraswamy, Logistic, PowerSpherical
-from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
+from stochastic_layers.families import MAX_LOG_VARIANCE, Family, gaussian_nodes, register_family
+from stochastic_layers.quadrature import half_line, product_rule, sphere, unit_interval
 
 __all__ = [
     "BetaFamily",
@@ -98,6 +100,37 @@ class ContinuousFamily(Family):
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         with torch.no_grad():
             return self.rsample(q, num_samples)
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        """Points that do not move with params: the gradient flows through the density, unlike that of a draw."""
+        z, log_weight = self.grid(q, 0.08 / 2**refinement)
+        batch = q.batch_shape
+        z = z.to(q.mean.dtype).detach()
+        if z.dim() == 2:
+            z = z.view(-1, *[1] * len(batch), self.out_features).expand(-1, *batch, -1)
+        if log_weight.dim() == 1:
+            log_weight = log_weight.view(-1, *[1] * len(batch))
+        return z, (self.log_prob(q, z) + log_weight.to(z.dtype).detach()).exp()
+
+    def grid(self, q: Distribution, step: float) -> tuple[Tensor, Tensor]:
+        """Points, and the logarithms of the volumes they stand for, ``[N, (*batch,) ...]``, of a step in their rule."""
+        if not isinstance(q, Independent):
+            raise ValueError(f"needed a family whose expectations can be computed, got {self.name!r}, without a rule.")
+        base = q.base_dist
+        support = base.support
+        if support is constraints.unit_interval:
+            return product_rule(*unit_interval(step), self.latent_dim, log=True)
+        if support not in (constraints.real, constraints.positive, constraints.nonnegative):
+            raise ValueError(f"needed a family on an interval, got {self.name!r} on {support}.")
+        half, log_half = half_line(step)
+        if support is constraints.real:
+            half, log_half, center = torch.cat([half, -half]), torch.cat([log_half, log_half]), base.loc
+            scale = base.scale
+        else:
+            center, scale = torch.zeros_like(base.mean), base.mean
+        points, log_weight = product_rule(half, log_half, self.latent_dim, log=True)
+        shape = (-1, *[1] * len(q.batch_shape))
+        return center + scale * points.view(*shape, self.latent_dim), log_weight.view(shape) + scale.log().sum(-1)
 
 
 class _LocationScale(ContinuousFamily):
@@ -334,6 +367,15 @@ class DirichletFamily(ContinuousFamily):
         weight = torch.where((above > 0).any(-1, keepdim=True), above, corner)
         return (weight / weight.sum(-1, keepdim=True)).clamp_min(torch.finfo(above.dtype).tiny).flatten(-2)
 
+    def grid(self, q: Distribution, step: float) -> tuple[Tensor, Tensor]:
+        count = self.num_categories or 0
+        sticks, log_weight = product_rule(*unit_interval(step), self.latent_dim * (count - 1), log=True)
+        sticks = sticks.view(-1, self.latent_dim, count - 1)
+        rest = (1 - sticks).cumprod(-1)
+        ones = torch.ones_like(rest[..., :1])
+        z = torch.cat([sticks, ones], -1) * torch.cat([ones, rest], -1)
+        return z.flatten(1), log_weight + rest[..., :-1].log().sum((-2, -1))  # each stick is a share of what is left
+
     def standard(self) -> Distribution:
         """Uniform on the simplex."""
         return _independent(Dirichlet(torch.ones(self.latent_dim, self.num_categories or 0), validate_args=False))
@@ -355,6 +397,14 @@ class _MultivariateGaussian(ContinuousFamily):
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mean
+
+    def grid(self, q: Distribution, step: float) -> tuple[Tensor, Tensor]:
+        """Nodes of the present law, exact for polynomials; volumes are relative to its density."""
+        mean = q.mean.detach()
+        x, weights = gaussian_nodes(mean, 8 if step > 0.05 else 12)
+        factor = torch.linalg.cholesky(getattr(q, "covariance_matrix").detach())  # noqa: B009 of both kinds of law
+        z = mean + torch.einsum("...ij,n...j->n...i", factor, x)
+        return z, weights.log() - self.log_prob(q, z)
 
     def standard(self) -> Distribution:
         """The standard normal."""
@@ -468,6 +518,9 @@ class PowerSphericalFamily(ContinuousFamily):
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mode
+
+    def grid(self, q: Distribution, step: float) -> tuple[Tensor, Tensor]:
+        return sphere(self.latent_dim, round(32 / step))
 
     def standard(self) -> Distribution:
         """Uniform on the sphere."""

@@ -1,4 +1,4 @@
-"""Coupled layers of bits: several exact draws that disagree on purpose, so that differences of their costs say more."""
+"""Antithetic pairs of bits: two exact draws that disagree on purpose, so that their costs say more."""
 
 from __future__ import annotations
 
@@ -8,53 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from stochastic_layers.binary_codes import Decoder, decode_tree, ordered_sticks, tree_logits
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
 
-__all__ = ["ARM", "ARMS", "DisARM", "DisARMBase", "DisARMTree", "PairLayer", "copula_bits", "independence_ratio"]
-
-
-def copula_bits(logits: Tensor, num_samples: int) -> Tensor:
-    """K draws of bits that are exact one by one, and mutually antithetic: K uniforms from a Dirichlet copula.
-
-    Args:
-        logits: ``[...]``.
-        num_samples: Number K of draws, at least 2.
-
-    Returns:
-        Bits ``[K, ...]`` of the dtype of logits, without gradient.
-    """
-    logits = logits.detach()
-    shape = (num_samples, *logits.shape)
-    e = torch.empty(shape, dtype=logits.dtype, device=logits.device).exponential_()
-    finfo = torch.finfo(logits.dtype)
-    others = 1 - e / e.sum(0).clamp_min(finfo.tiny)  # 1 - Dirichlet(1, ..., 1); its power K - 1 is uniform
-    log_u = (num_samples - 1) * others.clamp_min(finfo.eps / 2).log()
-    rare = log_u < logsigmoid(-logits.abs())  # the event of probability min(p, 1 - p): the copula's sharp corner
-    return torch.where(logits > 0, ~rare, rare).to(logits.dtype)
-
-
-def independence_ratio(logits: Tensor, num_samples: int) -> Tensor:
-    r"""The ratio :math:`p(1-p) / (p - P(b_i = b_j = 1))` of two draws of :func:`copula_bits`.
-
-    It is q(1)q(0) / P(b_i = 1, b_j = 0), the weight that makes a pair that disagrees as good as an independent one.
-    With :math:`m = \min(p, 1-p)` it is :math:`(1-m) / (1 - \max(0, 2 - m^{-1/(K-1)})^{K-1})`, which is
-    :math:`\max(p, 1-p)` for K = 2.
-
-    Args:
-        logits: ``[...]``.
-        num_samples: Number K of draws.
-
-    Returns:
-        ``[...]``, between 1/2 and 1, without gradient.
-    """
-    magnitude = logits.detach().abs()
-    root = torch.exp(-logsigmoid(-magnitude) / (num_samples - 1))  # infinite for a bit that never disagrees: fine
-    return torch.sigmoid(magnitude) / (1 - (2 - root).clamp_min(0) ** (num_samples - 1))
+__all__ = ["ARM", "DisARM", "DisARMBase", "DisARMTree", "PairLayer"]
 
 
 def _antithetic_noise(logits: Tensor, num_pairs: int) -> Tensor:
@@ -287,58 +247,3 @@ class DisARMTree(DisARMBase):
         assert isinstance(self.family, CategoricalFamily)
         logits = self.family.unflatten(params)
         return tree_logits(logits), lambda bits: decode_tree(bits, logits.shape[-1])
-
-
-@register("arms")
-class ARMS(StochasticLayer):
-    r"""ARMS: any number of mutually antithetic draws, by a Dirichlet copula.
-
-    .. math:: \nabla_\phi E_q[f] \approx \frac1{K-1} \sum_k (f(b_k) - \bar f) (b_k - \theta)
-        \frac{\theta(1-\theta)}{\theta - P(b_i = b_j = 1)}
-
-    Leave-one-out REINFORCE on draws that avoid each other, with the factor that keeps it unbiased, for any cost. Two
-    draws are DisARM. Every draw is exact, and all enter the value and the decoder's gradient.
-
-    Args:
-        latent_dim: Number of latent variables.
-        family: ``"bernoulli"``.
-        num_samples: Number K of draws, at least 2.
-
-    Raises:
-        ValueError: ``num_samples < 2``.
-
-    References:
-        ARMS: Antithetic-REINFORCE-Multi-Sample Gradient for Binary Variables (Alek Dimitriev, Mingyuan Zhou, 2021),
-        https://arxiv.org/abs/2105.14141
-
-    Example:
-        >>> import torch, stochastic_layers as sl
-        >>> layer = sl.create("arms", latent_dim=3, num_samples=3)
-        >>> layer.sample(torch.zeros(5, 3)).z.shape
-        torch.Size([3, 5, 3])
-    """
-
-    families = ("bernoulli",)
-    unbiased = True
-    needs = ("cost",)
-    reference = (
-        "ARMS: Antithetic-REINFORCE-Multi-Sample Gradient for Binary Variables (Dimitriev and Zhou, 2021). "
-        "https://arxiv.org/abs/2105.14141"
-    )
-
-    def __init__(self, latent_dim: int, *, family: str = "bernoulli", num_samples: int = 4) -> None:
-        super().__init__(latent_dim, family=family, num_samples=num_samples)
-        if num_samples < 2:
-            raise ValueError(f"needed num_samples >= 2, draws to compare with each other, got {num_samples}.")
-
-    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        z = copula_bits(params, self.num_samples)
-        weight = z * independence_ratio(params, self.num_samples)
-
-        def credit(cost: Tensor) -> Tensor:
-            cost = cost.detach()
-            cost = cost - cost[:1]  # so that a constant cost is exactly zero below, whatever its rounding
-            advantage = (cost - cost.mean(0)) / (self.num_samples - 1)
-            return (advantage * sum_rightmost(weight * params, cost.dim())).sum(0)
-
-        return self._sample(self.law(params), z, credit=credit)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from stochastic_layers.arms import copula_bits, independence_ratio
 from stochastic_layers.binary_codes import ordered_sticks
-from stochastic_layers.coupled import copula_bits, independence_ratio
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register

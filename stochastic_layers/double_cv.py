@@ -71,9 +71,10 @@ class DoubleControlVariate(StochasticLayer):
     with :math:`\bar f'_{-k}` the mean slope at the other draws and J the derivative of the mean. Approximates the
     gradient of E_q[f], unbiased for f differentiable at the draws, for every a. The cost is evaluated, and
     differentiated, at exact draws of q only. The estimator is linear in a, so that the a of least variance is a
-    ratio of two moments, kept as running means: there is nothing to train and nothing that can explode. A constant
-    cost gives a zero gradient; for a cost linear in z, a = -1 removes all variance. Where the cost does not
-    depend on z through autograd it is leave-one-out REINFORCE. To compile with ``fullgraph=True``, set
+    ratio of two moments, kept as running means: there is nothing to train and nothing that can explode (the paper
+    learns a by the gradient of the same variance). A constant cost gives a zero gradient; for a cost linear in z,
+    a = -1 removes all variance. Where the cost does not depend on z through autograd it is leave-one-out REINFORCE. To
+    compile with ``fullgraph=True``, set
     ``torch._dynamo.config.trace_autograd_ops = True``.
 
     Args:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, OneHotCategorical
+from torch.distributions import Bernoulli, Distribution, Independent
 
+from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
+from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
+from stochastic_layers.quadrature import gauss_hermite, product_rule
 from stochastic_layers.registry import nearest
 
 __all__ = [
@@ -18,8 +21,7 @@ __all__ = [
     "Family",
     "GaussianFamily",
     "create_family",
-    "draw_categorical",
-    "one_hot_categorical",
+    "gaussian_nodes",
     "register_family",
     "takes_categories",
 ]
@@ -28,42 +30,10 @@ MAX_PARAM = 1e18  # its square stays finite in float32, and so do sums and refle
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
 
 
-def draw_categorical(probs: Tensor, num_samples: int) -> Tensor:
-    """Exact one-hot draws by inversion of the cumulative sum: one uniform per row instead of one Gumbel per category.
-
-    Args:
-        probs: Probabilities ``[..., C]``; rows need not be normalised.
-        num_samples: Number S of independent draws.
-
-    Returns:
-        One-hot vectors ``[S, ..., C]`` of the dtype of ``probs``. A category of probability zero is never drawn.
-    """
-    cdf = probs.detach().cumsum(-1)
-    total = cdf[..., -1:]
-    u = torch.rand(num_samples, *total.shape, dtype=cdf.dtype, device=cdf.device) * total
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to total
-    index = torch.searchsorted(cdf.expand(num_samples, *cdf.shape).contiguous(), u, right=True)
-    return torch.zeros(num_samples, *cdf.shape, dtype=cdf.dtype, device=cdf.device).scatter_(-1, index, 1.0)
-
-
 def _base(q: Distribution) -> Any:
     """The law of one variable under ``Independent``."""
     assert isinstance(q, Independent)
     return q.base_dist
-
-
-def one_hot_categorical(logits: Tensor) -> OneHotCategorical:
-    """``OneHotCategorical(logits=logits)`` without torch's validation, which its inner law would otherwise still do.
-
-    The validation costs a synchronisation with the device, fails on an empty batch, and has been done on params.
-
-    Args:
-        logits: ``[*batch, C]``, finite.
-    """
-    q = OneHotCategorical.__new__(OneHotCategorical)
-    q._categorical = Categorical(logits=logits, validate_args=False)
-    Distribution.__init__(q, logits.shape[:-1], logits.shape[-1:], validate_args=False)
-    return q
 
 
 class Family(ABC):
@@ -118,6 +88,14 @@ class Family(ABC):
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         """Exact draws ``[S, *batch, out_features]`` without gradient."""
 
+    def sample_with_log_prob(self, q: Distribution, num_samples: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Exact draws without gradient, and the function that gives log q of them ``[S, *batch]``, with its gradient.
+
+        The function is cheaper than :meth:`log_prob` where a draw is known by less than z.
+        """
+        z = self.sample(q, num_samples)
+        return z, lambda: self.log_prob(q, z)
+
     def rsample(self, q: Distribution, num_samples: int) -> Tensor:
         """Draws ``[S, *batch, out_features]`` with a gradient, of families that torch can reparameterize."""
         return q.rsample(torch.Size((num_samples,)))
@@ -135,6 +113,27 @@ class Family(ABC):
         # the sum of Independent cannot be used: it fails for an empty batch
         result: Tensor = q.base_dist.log_prob(z).sum(-1) if isinstance(q, Independent) else q.log_prob(z)
         return result
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        """Points and weights of which expectations under q are made: ``(weights * f(z)).sum(0)``, for few variables.
+
+        Layers are proven against these, and so will be those of a family of yours that has them. All outcomes of a
+        finite family with their probabilities; a rule of numerical integration else. Both may depend on the params of
+        q, such that the gradient of the sum is that of the expectation.
+
+        Args:
+            q: The law, of batch shape ``[*batch]``.
+            refinement: The rule is the finer the larger it is; the difference that 1 makes to 0 estimates the error.
+
+        Returns:
+            z ``[N, *batch, out_features]`` and weights ``[N, *batch]``.
+
+        Raises:
+            ValueError: The family has no rule, or too many variables for it.
+        """
+        raise ValueError(
+            f"needed a family whose expectations can be computed, got {self.name!r}, which has no nodes()."
+        )
 
     def check(self, params: Tensor, low: float, high: float) -> None:
         """Refuse params that have no finite law; ``low`` and ``high`` are their extremes.
@@ -199,8 +198,8 @@ class Family(ABC):
             torch._assert_async(torch.isfinite(params).all(), "needed finite params, got NaN or infinite values")
         elif params.numel():
             values = params.detach()
-            low, high = torch.stack(torch.aminmax(values)).tolist()  # one pass, one synchronisation; NaN propagates
-            self.check(values, low, high)
+            low, high = torch.aminmax(values)  # one pass, one synchronisation; NaN propagates
+            self.check(values, low.item(), high.item())
         return params
 
 
@@ -240,6 +239,11 @@ class BernoulliFamily(Family):
         logits: Tensor = _base(q).logits
         return (logits > 0).to(logits.dtype)
 
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        return _outcomes(
+            self, q, torch.cartesian_prod(*[torch.arange(2.0)] * self.latent_dim).view(-1, self.latent_dim)
+        )
+
 
 @register_family
 class CategoricalFamily(Family):
@@ -271,7 +275,12 @@ class CategoricalFamily(Family):
         return Independent(one_hot_categorical(self.unflatten(params)), 1, validate_args=False)
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        return draw_categorical(_base(q).logits.detach().exp(), num_samples).flatten(-2)
+        return self.sample_with_log_prob(q, num_samples)[0]
+
+    def sample_with_log_prob(self, q: Distribution, num_samples: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        law = _base(q)
+        index = draw_index(law.probs, num_samples)
+        return one_hot(index, law.probs).flatten(-2), lambda: log_prob_of_index(law, index).sum(-1)
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         # linear in z, so that it is also defined (as the multilinear extension) on the relaxed points of a simplex
@@ -281,6 +290,19 @@ class CategoricalFamily(Family):
     def mode(self, q: Distribution) -> Tensor:
         logits: Tensor = _base(q).logits
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0).flatten(-2)
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        count = self.num_categories
+        assert count is not None
+        index = torch.cartesian_prod(*[torch.arange(count)] * self.latent_dim).view(-1, self.latent_dim)
+        return _outcomes(self, q, torch.nn.functional.one_hot(index, count).flatten(1))
+
+
+def _outcomes(family: Family, q: Distribution, z: Tensor) -> tuple[Tensor, Tensor]:
+    """All outcomes ``[N, out_features]`` of a finite family, expanded to the batch of q, and their probabilities."""
+    batch, dtype = q.batch_shape, q.mean.dtype
+    z = z.to(dtype).view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)
+    return z, family.log_prob(q, z).exp()
 
 
 @register_family
@@ -304,17 +326,31 @@ class GaussianFamily(Family):
 
     def standard(self) -> Distribution:
         """The standard normal."""
-        return self.distribution(torch.zeros(self.in_features))
+        return DiagonalNormal(StandardNormal(torch.zeros(self.latent_dim), torch.ones(self.latent_dim)))
 
     def distribution(self, params: Tensor) -> Distribution:
         loc, log_variance = params.chunk(2, -1)
-        return Independent(Normal(loc, (0.5 * log_variance).exp(), validate_args=False), 1, validate_args=False)
+        # two copies, after which every pass, forward and backward, runs over dense memory
+        return DiagonalNormal(LogVarianceNormal(loc.contiguous(), log_variance.contiguous()))
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return q.sample(torch.Size((num_samples,)))
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mean
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        x, weights = gaussian_nodes(_base(q).loc, 6 + 4 * refinement)  # exact for polynomials of degree up to 11
+        return _base(q).loc + _base(q).scale * x, weights
+
+
+def gaussian_nodes(like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Standard normal nodes ``[N, *batch, D]`` and their weights ``[N, *batch]`` for a tensor ``[*batch, D]``."""
+    points, weights = product_rule(*gauss_hermite(count), like.shape[-1])
+    batch = like.shape[:-1]
+    shape = (-1, *[1] * len(batch))
+    x = points.to(like.dtype).view(*shape, like.shape[-1]).expand(-1, *like.shape)
+    return x, weights.to(like.dtype).view(shape).expand(-1, *batch)
 
 
 def create_family(family: str | Mapping[str, Any], latent_dim: int, num_categories: int | None = None) -> Family:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, constraints
 
 from stochastic_layers.continuous_families import ContinuousFamily
-from stochastic_layers.families import MAX_LOG_VARIANCE, register_family
+from stochastic_layers.families import MAX_LOG_VARIANCE, gaussian_nodes, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
 
@@ -127,6 +127,11 @@ class FlowFamily(ContinuousFamily):
         dtype = next(self.network.parameters()).dtype
         transform = self.network(context.to(dtype) if self.context_features else None)
         return FlowDistribution(loc, 0.5 * log_variance, transform, dtype)
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        assert isinstance(q, FlowDistribution)
+        x, weights = gaussian_nodes(q.loc, 40 * 2**refinement)  # the network has kinks, or nearly
+        return q.push(x), weights
 
     def mode(self, q: Distribution) -> Tensor:
         """What the mode of the noise becomes: no mode of q, but a typical point."""

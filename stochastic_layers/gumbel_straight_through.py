@@ -6,12 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from stochastic_layers.auxiliary import with_value
+from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
+from stochastic_layers.noise import log_exponential
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
-__all__ = ["GappedStraightThrough", "GumbelRao", "ReinMaxRao", "StraightThroughGumbel"]
+__all__ = [
+    "GappedStraightThrough",
+    "GumbelRao",
+    "StraightThroughGumbel",
+    "conditional_gumbel",
+    "conditional_logistic",
+]
 
 
 @register("straight_through_gumbel")
@@ -140,7 +149,7 @@ class GumbelRao(TemperedLayer):
         zero = params - params.detach()  # value zero, gradient that of the logits
         if isinstance(self.family, CategoricalFamily):
             one_hot = self.family.unflatten(hard)
-            log_probs = self.family.unflatten(params.detach()).log_softmax(-1)
+            log_probs = log_softmax(self.family.unflatten(params.detach()))
             step = self._category_step(log_probs, one_hot, self.family.unflatten(zero)).flatten(-2)
         else:
             step = self._bit_slope(params.detach(), hard) * zero
@@ -157,7 +166,7 @@ class GumbelRao(TemperedLayer):
 
     def _points(self, log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
         """Relaxed draws given z ``[count, S, *batch, L, C]`` at which the Jacobian of the softmax is taken."""
-        return conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)).softmax(-1)
+        return softmax(conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)))
 
     def _mean_jacobian(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
         """Mean over the redraws of J at their points, applied to zero."""
@@ -176,70 +185,15 @@ class GumbelRao(TemperedLayer):
         return f"{super().extra_repr()}, num_replicates={self.num_replicates}"
 
 
-@register("reinmax_rao")
-class ReinMaxRao(GumbelRao):
-    r"""ReinMax-Rao: ReinMax with the draw in its Jacobian replaced by relaxed draws, averaged given the draw.
-
-    .. math:: \nabla_l \approx \Big( \frac2R \sum_r J\big(\tfrac12 (p + s_r)\big) - \tfrac12 J(p) \Big)^\top f'(z),
-        \qquad s_r = \mathrm{softmax}(\theta_r / \tau), \quad \theta_r \sim (l + G \mid \arg\max (l + G) = z)
-
-    Approximates the gradient of E_q[f]; at temperature 0 it is ReinMax. Biased, above that temperature also on
-    quadratic costs. One evaluation of the cost. The formula is this library's reading of the construction that the
-    paper's abstract names, and was not compared with the authors' results; on our small problems plain ``reinmax`` has
-    less bias at no more variance (``docs/layers/straight_through.md``).
-
-    Args:
-        latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
-        num_samples: Number S of draws per example.
-        temperature: Temperature of the relaxed draws, positive.
-        num_replicates: Number R of redraws of the noise for each draw.
-
-    Raises:
-        ValueError: ``temperature <= 0``, ``num_replicates < 1``, or sizes that do not fit the family.
-
-    References:
-        Beyond ReinMax: Low-Variance Gradient Estimators for Discrete Latent Variables (Daniel Wang, Thang D. Bui,
-        2026), https://arxiv.org/abs/2603.08257
-
-    Example:
-        >>> import torch, stochastic_layers as sl
-        >>> layer = sl.create("reinmax_rao", latent_dim=3, family="categorical", num_categories=4)
-        >>> layer(torch.zeros(5, 12)).view(5, 3, 4).sum(-1).unique()
-        tensor([1.])
-    """
-
-    reference = (
-        "Beyond ReinMax: Low-Variance Gradient Estimators for Discrete Latent Variables (Wang and Bui, 2026). "
-        "https://arxiv.org/abs/2603.08257"
-    )
-
-    def _category_step(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
-        probs = log_probs.exp()
-        at_probs = probs * (zero - (probs * zero).sum(-1, keepdim=True))
-        return 2 * self._mean_jacobian(log_probs, one_hot, zero) - 0.5 * at_probs
-
-    def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
-        probs = logits.sigmoid()
-        scores = conditional_logistic(logits, bits, self.num_replicates).div_(self.temperature.to(logits.dtype))
-        middle, rest = (probs + scores.sigmoid()) / 2, ((-logits).sigmoid() + (-scores).sigmoid()) / 2
-        return 2 * (middle * rest).mean(0) - 0.5 * probs * (-logits).sigmoid()
-
-    def _points(self, log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
-        return (log_probs.exp() + super()._points(log_probs, one_hot, count)) / 2
-
-
 def conditional_gumbel(log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
     """Draws of ``log_probs + G`` given that their argmax is ``one_hot``: ``[count, *one_hot.shape]``.
 
     The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it.
     """
-    log_exponential = torch.empty(count, *one_hot.shape, dtype=one_hot.dtype, device=one_hot.device)
-    log_exponential.exponential_().log_()
+    noise = log_exponential((count, *one_hot.shape), one_hot)
     index = one_hot.argmax(-1, keepdim=True).expand(count, *one_hot.shape[:-1], 1)
-    largest = log_exponential.gather(-1, index)
-    return torch.logaddexp(log_exponential - log_probs, largest).scatter_(-1, index, largest).neg_()
+    largest = noise.gather(-1, index)
+    return torch.logaddexp(noise - log_probs, largest).scatter_(-1, index, largest).neg_()
 
 
 def conditional_logistic(logits: Tensor, bits: Tensor, count: int) -> Tensor:
@@ -323,11 +277,11 @@ class GappedStraightThrough(TemperedLayer):
             logits, one_hot = self.family.unflatten(params.detach()), self.family.unflatten(hard)
             top = logits.amax(-1, keepdim=True)
             moved = torch.where(one_hot > 0, top, torch.minimum(logits, top - self.gap))
-            soft = ((moved + self.family.unflatten(zero)) / temperature).softmax(-1).flatten(-2)
+            soft = softmax((moved + self.family.unflatten(zero)) / temperature).flatten(-2)
         else:  # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
             sign = 2 * hard - 1
             soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
-        return self._sample(q, hard + (soft - soft.detach()))
+        return self._sample(q, with_value(hard, soft))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gap={self.gap:g}"

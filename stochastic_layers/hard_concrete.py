@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from stochastic_layers.families import Family, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.quadrature import gauss_legendre, product_rule
 from stochastic_layers.registry import register
 
 __all__ = ["HardConcrete", "HardConcreteDistribution", "HardConcreteFamily"]
@@ -107,6 +108,16 @@ class HardConcreteFamily(Family):
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return q.sample(torch.Size((num_samples,)))
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        x, w = gauss_legendre(60 * 2**refinement)  # between the atoms, which count with their probability
+        grid, weights = product_rule(
+            torch.cat([x.new_zeros(1), x, x.new_ones(1)]), torch.cat([w.new_ones(1), w, w.new_ones(1)]), self.latent_dim
+        )
+        batch, dtype = q.batch_shape, gates(q).logits.dtype
+        shape = (-1, *[1] * len(batch))
+        z = grid.to(dtype).view(*shape, self.latent_dim).expand(-1, *batch, -1)
+        return z, weights.to(dtype).view(shape) * self.log_prob(q, z).exp()
 
     def mode(self, q: Distribution) -> Tensor:
         return gates(q).gate

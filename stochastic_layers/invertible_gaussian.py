@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
 
-from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
+from stochastic_layers.families import MAX_LOG_VARIANCE, Family, gaussian_nodes, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
 
@@ -124,10 +124,19 @@ class InvertibleGaussianFamily(Family):
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return q.sample(torch.Size((num_samples,))).flatten(-2)
 
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        return super().rsample(q, num_samples).flatten(-2)
+
     def mode(self, q: Distribution) -> Tensor:
         """The image of the loc: the mode before the map."""
         assert isinstance(q, Independent) and isinstance(q.base_dist, InvertibleGaussianDistribution)
         return q.base_dist.to_simplex(q.base_dist.loc).flatten(-2)
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        assert isinstance(q, Independent) and isinstance(q.base_dist, InvertibleGaussianDistribution)
+        law = q.base_dist
+        x, weights = gaussian_nodes(law.loc.flatten(-2), 16 + 6 * refinement)
+        return law.to_simplex(law.loc + law.scale * x.reshape(*x.shape[:-1], *law.loc.shape[-2:])).flatten(-2), weights
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         assert self.num_categories is not None
@@ -191,4 +200,4 @@ class InvertibleGaussian(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        return self._sample(q, q.rsample(torch.Size((self.num_samples,))).flatten(-2))
+        return self._sample(q, self.family.rsample(q, self.num_samples))

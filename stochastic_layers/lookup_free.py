@@ -1,70 +1,75 @@
-"""Quantisers without a codebook: each coordinate is rounded by itself."""
+"""Binary quantisers without a codebook: the sign of each coordinate, on a cube or on the sphere."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from stochastic_layers.codes import GridCodes, SignCodes
+from stochastic_layers.codes import SignCodes, SphereCodes
 from stochastic_layers.quantized import QuantizedLayer, check_weight
 from stochastic_layers.registry import register
 
-__all__ = ["FiniteScalarQuantizer", "LookupFreeQuantizer"]
+__all__ = ["BinarySphericalQuantizer", "LookupFreeQuantizer"]
 
 ENTROPY_BITS = 8  # bits whose joint usage is tracked exactly: 256 numbers for each vector of a batch
 
 
-@register("fsq")
-class FiniteScalarQuantizer(QuantizedLayer):
-    r"""Finite scalar quantisation: squash each coordinate and round it to a few levels; no codebook to learn.
-
-    .. math:: z_i = \mathrm{round}(b_i(x_i)) / \lfloor L_i / 2 \rfloor, \qquad \nabla_{x_i} \approx f'(z)_i \, b_i'(x_i)
-        / \lfloor L_i / 2 \rfloor
-
-    with a bound b built on tanh (see :class:`~stochastic_layers.codes.GridCodes`). Biased by the rounding; no
-    auxiliary loss, no state, no collapse.
+class BinaryQuantizer(QuantizedLayer):
+    """Base of quantisers to signs, with an entropy penalty on the soft assignment of the bits.
 
     Args:
         latent_dim: Number of code vectors of one example.
-        levels: Number of levels of each coordinate of a code vector; ``code_dim`` is their number, their product the
-            number of codes.
+        codes: The set of codes.
         family: ``"quantized"``.
+        commitment_weight: Weight of the squared distance, summed over an example's coordinates.
+        entropy_weight: Weight of the entropy penalty, in nats and summed over an example's vectors.
+        temperature: Temperature of the soft assignment.
+
+    Attributes:
+        distance_slope: How much faster than x the difference of the squared distances to the two values of a bit grows.
 
     Raises:
-        ValueError: No levels, or one below 2.
-
-    References:
-        Finite Scalar Quantization: VQ-VAE Made Simple (Fabian Mentzer, David Minnen, Eirikur Agustsson, Michael
-        Tschannen, 2023), https://arxiv.org/abs/2309.15505
-
-    Example:
-        >>> import torch, stochastic_layers as sl
-        >>> layer = sl.create("fsq", latent_dim=2, levels=(3, 5))
-        >>> layer.in_features, layer.num_codes, layer(torch.tensor([-9.0, 0.0, 0.0, 9.0]))
-        (4, 15, tensor([-1.,  0.,  0.,  1.]))
+        ValueError: An option is out of range.
     """
 
-    reference = (
-        "Finite Scalar Quantization: VQ-VAE Made Simple (Mentzer, Minnen, Agustsson and Tschannen, 2023). "
-        "https://arxiv.org/abs/2309.15505"
-    )
+    distance_slope: float
 
-    def __init__(self, latent_dim: int, *, levels: Sequence[int] = (8, 5, 5, 5), family: str = "quantized") -> None:
-        super().__init__(latent_dim, GridCodes(levels), family=family)
+    def __init__(
+        self,
+        latent_dim: int,
+        codes: SignCodes,
+        *,
+        family: str,
+        commitment_weight: float,
+        entropy_weight: float,
+        temperature: float,
+    ) -> None:
+        super().__init__(latent_dim, codes, family=family, commitment_weight=commitment_weight)
+        self.entropy_weight = check_weight("entropy_weight", entropy_weight)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"needed temperature > 0, got {temperature}; 0.01 to 1 is usual.")
+        self.temperature = temperature
 
-    def pass_gradient(self, x: Tensor, hard: Tensor) -> Tensor:
-        assert isinstance(self.codes, GridCodes)
-        soft = self.codes.soften(x)
-        return hard + (soft - soft.detach())
+    def penalties(self, x: Tensor, hard: Tensor, indices: Tensor) -> Mapping[str, Tensor]:
+        losses = dict(super().penalties(x, hard, indices))
+        if self.entropy_weight > 0:
+            logits = x * (self.distance_slope / self.temperature)  # of the bits of the soft assignment
+            sure = _bit_entropy(logits).sum((-2, -1))  # [*batch]
+            spread = _usage_entropy(logits.reshape(-1, self.code_dim))  # []
+            losses["entropy"] = self.entropy_weight * (sure - self.latent_dim * spread)
+        return losses
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, entropy_weight={self.entropy_weight}, temperature={self.temperature}"
 
 
 @register("lfq")
-class LookupFreeQuantizer(QuantizedLayer):
+class LookupFreeQuantizer(BinaryQuantizer):
     r"""Lookup-free quantisation: the sign of each coordinate, with an entropy penalty that keeps all codes in use.
 
     .. math:: z = \mathrm{sign}(x), \qquad \text{aux} = \gamma (H[p(c \mid x)] - H[E\, p(c \mid x)]) + \beta |x - z|^2
@@ -111,25 +116,88 @@ class LookupFreeQuantizer(QuantizedLayer):
         entropy_weight: float = 0.1,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(latent_dim, SignCodes(code_dim), family=family, commitment_weight=commitment_weight)
-        self.entropy_weight = check_weight("entropy_weight", entropy_weight)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"needed temperature > 0, got {temperature}; 0.01 to 1 is usual.")
-        self.temperature = temperature
+        super().__init__(
+            latent_dim,
+            SignCodes(code_dim),
+            family=family,
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            temperature=temperature,
+        )
+        self.distance_slope = 4.0  # (x + 1)^2 - (x - 1)^2 = 4 x
+
+
+@register("bsq")
+class BinarySphericalQuantizer(BinaryQuantizer):
+    r"""Binary spherical quantisation: the vector is moved to the unit sphere, then to the sign of each coordinate.
+
+    .. math:: u = x / |x|, \quad z = \mathrm{sign}(u) / \sqrt D, \qquad
+        \nabla_x \approx \frac{1}{|x|} (I - u u^\top) f'(z)
+
+    Straight-through to u, from there exact: biased. The length of x plays no role, so that the quantisation error is
+    bounded (:math:`|u - z|^2 \leq 2 - 2 / \sqrt D`) and no commitment loss is needed; the default has none. The entropy
+    penalty is that of ``lfq`` with the soft assignment of u. At x = 0, where there is no direction, the gradient passes
+    straight through.
+
+    Args:
+        latent_dim: Number of code vectors of one example.
+        code_dim: Number D of bits of each; there are ``2 ** code_dim`` codes.
+        family: ``"quantized"``.
+        commitment_weight: Weight of :math:`|u - z|^2`, summed over an example's vectors.
+        entropy_weight: Weight of the entropy penalty, in nats and summed over an example's vectors.
+        temperature: Temperature of the soft assignment; the coordinates of u are of size ``1 / sqrt(D)``.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    References:
+        Image and Video Tokenization with Binary Spherical Quantization (Yue Zhao, Yuanjun Xiong, Philipp Kraehenbuehl,
+        2024), https://arxiv.org/abs/2406.07548
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> layer = sl.create("bsq", latent_dim=1, code_dim=4)
+        >>> layer(torch.tensor([0.3, -2.0, 5.0, 0.1]))
+        tensor([ 0.5000, -0.5000,  0.5000,  0.5000])
+    """
+
+    reference = (
+        "Image and Video Tokenization with Binary Spherical Quantization (Zhao, Xiong and Kraehenbuehl, 2024). "
+        "https://arxiv.org/abs/2406.07548"
+    )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        code_dim: int = 10,
+        family: str = "quantized",
+        commitment_weight: float = 0.0,
+        entropy_weight: float = 0.1,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            latent_dim,
+            SphereCodes(code_dim),
+            family=family,
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            temperature=temperature,
+        )
+        self.distance_slope = 4.0 / math.sqrt(code_dim)
+
+    @staticmethod
+    def direction(x: Tensor) -> Tensor:
+        """u ``[..., D]``; x itself where it is too short to have a direction."""
+        length = x.norm(dim=-1, keepdim=True)
+        tiny = torch.finfo(x.dtype).tiny ** 0.5  # the square of a shorter x underflows
+        return x / torch.where(length > tiny, length, 1.0)
+
+    def pass_gradient(self, x: Tensor, hard: Tensor) -> Tensor:
+        return super().pass_gradient(self.direction(x), hard)
 
     def penalties(self, x: Tensor, hard: Tensor, indices: Tensor) -> Mapping[str, Tensor]:
-        losses = dict(super().penalties(x, hard, indices))
-        if self.entropy_weight > 0:
-            logits = x * (
-                4 / self.temperature
-            )  # of a bit: the difference of two squared distances over the temperature
-            sure = _bit_entropy(logits).sum((-2, -1))  # [*batch]
-            spread = _usage_entropy(logits.reshape(-1, self.code_dim))  # []
-            losses["entropy"] = self.entropy_weight * (sure - self.latent_dim * spread)
-        return losses
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, entropy_weight={self.entropy_weight}, temperature={self.temperature}"
+        return super().penalties(self.direction(x), hard, indices)
 
 
 def _bit_entropy(logits: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class UniformCodes(Distribution):
         codes = self.codes
         device = next(codes.buffers()).device
         shape = (*sample_shape, *self.batch_shape, self.latent_dim, *codes.index_shape)
-        return codes.decode(torch.randint(codes.num_codes, shape, device=device)).flatten(-2)
+        return codes.decode(torch.randint(codes.num_codes, shape, device=device)).detach().flatten(-2)
 
     def log_prob(self, value: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
@@ -148,13 +148,18 @@ class QuantizedFamily(Family):
 
     def distribution(self, params: Tensor) -> Distribution:
         params = params.detach()
-        return PointMass(self.codes.decode(self.codes.indices(self.unflatten(params)), params.dtype).flatten(-2))
+        codes = self.codes.decode(self.codes.indices(self.unflatten(params)), params.dtype)
+        return PointMass(codes.detach().flatten(-2))
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return q.sample(torch.Size((num_samples,)))
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mode
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        z = q.mode.unsqueeze(0)  # all mass on one code
+        return z, torch.ones_like(z[..., 0])
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         result: Tensor = q.log_prob(z)

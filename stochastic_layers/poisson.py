@@ -9,6 +9,7 @@ from torch.distributions import Poisson as PoissonDistribution
 
 from stochastic_layers.families import Family, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.quadrature import product_rule
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
 
@@ -56,6 +57,13 @@ class PoissonFamily(Family):
 
     def mode(self, q: Distribution) -> Tensor:
         return q.mean.floor()
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        highest = float(q.mean.detach().max())  # twelve deviations further up, nothing is left
+        counts = torch.arange(float(int(highest + (12 + refinement) * highest**0.5 + 25)), dtype=q.mean.dtype)
+        z = product_rule(counts, counts, self.latent_dim)[0]
+        z = z.view(-1, *[1] * len(q.batch_shape), self.latent_dim).expand(-1, *q.batch_shape, -1)
+        return z, self.log_prob(q, z).exp()
 
 
 @register("poisson")

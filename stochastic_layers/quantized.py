@@ -55,7 +55,7 @@ class QuantizedLayer(StochasticLayer):
     default_latent_dim = 4
     families = ("quantized",)
     unbiased = False
-    needs = ("cost_gradient",)
+    needs: tuple[str, ...] = ("cost_gradient",)
     evaluations = 1
 
     def __init__(self, latent_dim: int, codes: Codes, *, family: str, commitment_weight: float = 0.0) -> None:
@@ -115,17 +115,17 @@ class QuantizedLayer(StochasticLayer):
         if learns:
             self.codes.update(rows, indices.reshape(-1, *self.codes.index_shape))
         z = self.pass_gradient(x, hard).flatten(-2)
-        return self._sample(PointMass(hard.flatten(-2)), z.unsqueeze(0), aux=aux)
+        return self._sample(PointMass(hard.detach().flatten(-2)), z.unsqueeze(0), aux=aux)
 
     def pass_gradient(self, x: Tensor, hard: Tensor) -> Tensor:
         """The codes, with a gradient for the embeddings: straight through, as if they were the embeddings."""
-        return hard + (x - x.detach())  # in this order the value is exactly the code
+        return hard.detach() + (x - x.detach())  # in this order the value is exactly the code
 
     def penalties(self, x: Tensor, hard: Tensor, indices: Tensor) -> Mapping[str, Tensor]:
         """Extra losses ``[*batch]`` of embeddings and codes ``[*batch, latent_dim, code_dim]``, weighted."""
         if self.commitment_weight == 0:
             return {}
-        return {"commitment": self.commitment_weight * (x - hard).square().sum((-2, -1))}
+        return {"commitment": self.commitment_weight * (x - hard.detach()).square().sum((-2, -1))}
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, commitment_weight={self.commitment_weight}"

@@ -1,4 +1,4 @@
-"""REBAR and RELAX: a relaxation of the draw as control variate, tuned online to lower the variance."""
+"""REBAR: the cost of a relaxation of the draw as control variate, tuned online to lower the variance."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.control_variates import (
-    CostMoments,
     RelativeVariance,
     cost_gradient,
     differentiable_points,
@@ -18,10 +18,11 @@ from stochastic_layers.control_variates import (
 )
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, sum_rightmost
+from stochastic_layers.noise import log_exponential, logistic
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
 
-__all__ = ["Rebar", "Relax"]
+__all__ = ["Rebar", "couple", "pairs", "pathwise_difference", "relax", "through_conditional"]
 
 
 def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,32 +38,31 @@ def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Te
         or argmax, with their own noise and with noise drawn anew; the derivative of the latter by (log-softmax) logits.
     """
     params = params.detach()
-    noise = torch.empty(2, num_samples, *params.shape, dtype=params.dtype, device=params.device)
+    shape = (2, num_samples, *params.shape)
     if isinstance(family, CategoricalFamily):
-        logits = family.unflatten(params).log_softmax(-1)
-        log_exponential = family.unflatten(noise.exponential_().log_())
-        scores = logits - log_exponential[0]  # plus Gumbel noise
+        logits = log_softmax(family.unflatten(params))
+        noise = family.unflatten(log_exponential(shape, params))
+        scores = logits - noise[0]  # plus Gumbel noise
         hard = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
         # given its argmax, the maximum is a Gumbel variable of location logsumexp = 0 and the others stay below it
-        top = (hard * log_exponential[1]).sum(-1, keepdim=True)
-        other = log_exponential[1] - logits
+        top = (hard * noise[1]).sum(-1, keepdim=True)
+        other = noise[1] - logits
         anew = -torch.where(hard > 0, top, torch.logaddexp(other, top))
         slope = torch.where(hard > 0, 0.0, torch.sigmoid(other - top))
         return hard.flatten(-2), torch.stack([scores, anew]).flatten(-2), slope.flatten(-2)
-    tiny, eps = torch.finfo(noise.dtype).tiny, torch.finfo(noise.dtype).eps
-    logistic = noise.uniform_().clamp_(tiny, 1 - eps / 2).logit()
-    scores = params + logistic[0]
+    noise = logistic(shape, params)
+    scores = params + noise[0]
     hard = (scores > 0).to(params.dtype)
     sign = 2 * hard - 1
     # theta v + 1 - theta (or v (1 - theta)) in log space: finite for every logit
-    shifted = logistic[1] + F.softplus(sign * params)
+    shifted = noise[1] + F.softplus(sign * params)
     return hard, torch.stack([scores, sign * F.softplus(shifted)]), shifted.sigmoid() * torch.sigmoid(sign * params)
 
 
 def relax(family: Family, scores: Tensor, temperature: Tensor) -> Tensor:
     """Points inside the cube or the simplex: the tempered sigmoid or softmax of perturbed logits."""
     if isinstance(family, CategoricalFamily):
-        return family.unflatten(scores / temperature).softmax(-1).flatten(-2)
+        return softmax(family.unflatten(scores / temperature)).flatten(-2)
     return torch.sigmoid(scores / temperature)
 
 
@@ -75,6 +75,31 @@ def through_conditional(family: Family, mean: Tensor, slope: Tensor, vector: Ten
     assert count is not None
     sizes = (*vector.shape[:-1], vector.shape[-1] // count, count)
     return vector - mean * vector.reshape(sizes).sum(-1, keepdim=True).expand(sizes).flatten(-2)
+
+
+def pairs(tensor: Tensor) -> Tensor:
+    """``[2 S, ...]`` -> ``[2, S, ...]``."""
+    return tensor.reshape(2, tensor.shape[0] // 2, *tensor.shape[1:])
+
+
+def pathwise_difference(
+    family: Family, points: Tensor, pulls: Tensor, temperature: Tensor, center: Tensor, slope: Tensor
+) -> Tensor:
+    """The reparameterized gradient of c(y) less that of c of y anew, with respect to the logits.
+
+    Args:
+        family: The Bernoulli or the categorical family.
+        points: y and the relaxation anew ``[2, S, *lead, features]``.
+        pulls: The slopes of c there, of the same shape.
+        temperature: Broadcastable to ``[*lead, 1]``.
+        center: The mean of q ``[*lead, features]``.
+        slope: The derivative that :func:`couple` returns, ``[S, *lead, features]``.
+
+    Returns:
+        ``[S, *lead, features]``.
+    """
+    first, second = (jacobian_product(family, points, pulls) / temperature).unbind(0)
+    return first - through_conditional(family, center, slope, second)
 
 
 @register("rebar")
@@ -163,13 +188,10 @@ class Rebar(TemperedLayer):
             # one copy of eta and tau per example, so that each example keeps its own objective
             tau = self.temperature.to(params.dtype).expand(*cost.shape[1:], 1)
             eta = self.eta.to(params.dtype).expand(*cost.shape[1:], 1)
-            y, anew = joined(points, ndim)[draws:].chunk(2)
-            pull, pull_anew = joined(gradient, ndim)[draws:].chunk(2)
-            pull = jacobian_product(family, y, pull) / tau
-            pull_anew = jacobian_product(family, anew, pull_anew) / tau
-            pull_anew = through_conditional(family, center, joined(slope, ndim), pull_anew)
+            relaxed_points, pulls = (pairs(joined(t, ndim)[draws:]) for t in (points, gradient))
+            difference = pathwise_difference(family, relaxed_points, pulls, tau, center, joined(slope, ndim))
             residual = cost[:draws].detach().unsqueeze(-1) - eta * cost[2 * draws :].unsqueeze(-1)
-            estimate = (residual * score + eta * (pull - pull_anew)).mean(0)  # [*lead, features]
+            estimate = (residual * score + eta * difference).mean(0)  # [*lead, features]
             term = inject(estimate, params)
             if not tuned:
                 return term
@@ -182,119 +204,3 @@ class Rebar(TemperedLayer):
 
         weights = torch.cat([hard.new_full((draws,), 1.0 / draws), hard.new_zeros(2 * draws)])
         return self._sample(q, points, weights=weights, credit=credit)
-
-
-@register("relax")
-class Relax(TemperedLayer):
-    r"""RELAX: REINFORCE with a learned network on relaxed draws as control variate; the cost may be a black box.
-
-    .. math:: \nabla E_q[f(b)] \approx (f(b) - c(\tilde y)) \nabla \log q(b) + \nabla c(y) - \nabla c(\tilde y),
-        \qquad c(y) = m + v \, r_\phi(y, x)
-
-    with b, y and :math:`\tilde y` as in ``rebar``, r a network, m and v the running mean and standard deviation of the
-    cost. Approximates the gradient of E_q[f] for any f; unbiased for every r. The cost is evaluated at the hard draws
-    only. Network and temperature receive the gradient of the estimator's squared norm relative to its running mean,
-    averaged as the loss is, and nothing else; encoder and decoder receive nothing from it. To compile with
-    ``fullgraph=True``, set ``torch._dynamo.config.trace_autograd_ops = True``.
-
-    Args:
-        latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
-        num_samples: Number S of draws per example.
-        temperature: Temperature at the start.
-        hidden_features: Width of the two hidden layers of r.
-        context_features: Size of the context x that the user passes to ``layer.sample``; by default x is params.
-
-    Raises:
-        ValueError: ``temperature <= 0``; at sampling, a context of another size.
-
-    References:
-        Backpropagation through the Void: Optimizing control variates for black-box gradient estimation (Will
-        Grathwohl, Dami Choi, Yuhuai Wu, Geoffrey Roeder, David Duvenaud, 2017), https://arxiv.org/abs/1711.00123
-
-    Example:
-        >>> import torch, stochastic_layers as sl
-        >>> sl.create("relax", latent_dim=3).sample(torch.zeros(5, 3)).z.shape
-        torch.Size([1, 5, 3])
-    """
-
-    families = ("bernoulli", "categorical")
-    unbiased = True
-    needs = ("cost",)
-    reference = (
-        "Backpropagation through the Void: Optimizing control variates for black-box gradient estimation (Grathwohl, "
-        "Choi, Wu, Roeder and Duvenaud, 2017). https://arxiv.org/abs/1711.00123"
-    )
-
-    def __init__(
-        self,
-        latent_dim: int,
-        *,
-        family: str = "bernoulli",
-        num_categories: int | None = None,
-        num_samples: int = 1,
-        temperature: float = 0.5,
-        hidden_features: int = 100,
-        context_features: int | None = None,
-    ) -> None:
-        super().__init__(
-            latent_dim,
-            family=family,
-            num_categories=num_categories,
-            num_samples=num_samples,
-            temperature=temperature,
-            learn_temperature=True,
-        )
-        self.context_features = self.in_features if context_features is None else context_features
-        last = nn.Linear(hidden_features, 1)
-        nn.init.zeros_(last.weight)  # at the start c is the running mean of the cost: REINFORCE with a moving average
-        nn.init.zeros_(last.bias)
-        self.network = nn.Sequential(
-            nn.Linear(self.out_features + self.context_features, hidden_features),
-            nn.Tanh(),
-            nn.Linear(hidden_features, hidden_features),
-            nn.Tanh(),
-            last,
-        )
-        self.moments = CostMoments()
-        self.variance = RelativeVariance()
-
-    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        family, draws = self.family, self.num_samples
-        q, mean = family.distribution(params), mean_point(family, params)
-        context = (params if context is None else context).detach()
-        if context.shape[-1] != self.context_features:
-            raise ValueError(
-                f"needed a context [*batch, {self.context_features}], got {list(context.shape)}; build the layer with "
-                f"context_features={context.shape[-1]}."
-            )
-        hard, scores, slope = couple(family, params, draws)
-
-        def credit(cost: Tensor) -> Tensor:
-            ndim, cost = cost.dim(), cost.detach()
-            tau = self.temperature.to(params.dtype)
-            relaxed = relax(family, scores, tau)  # [2, S, *batch, features]
-            if not relaxed.requires_grad:
-                relaxed = differentiable_points(relaxed, params)
-            value = self._control(relaxed, context)  # [2, S, *batch]
-            (gradient,) = torch.autograd.grad(value.sum(), relaxed, create_graph=True)
-            spread = self.moments.std.to(cost.dtype)
-            fitted = self.moments.mean.to(cost.dtype) + spread * sum_rightmost(value[1], ndim)  # [S, *lead]
-            pulled = spread * jacobian_product(family, joined(relaxed, ndim + 1), joined(gradient, ndim + 1)) / tau
-            center = joined(mean, ndim - 1)
-            anew = through_conditional(family, center, joined(slope, ndim), pulled[1])
-            score = joined(hard, ndim) - center
-            estimate = ((cost - fitted).unsqueeze(-1) * score + pulled[0] - anew).mean(0)
-            self.moments.observe(cost)
-            objective: Tensor = self.variance(estimate)  # all but network and temperature is detached
-            return inject(estimate, params) + objective
-
-        return self._sample(q, hard, credit=credit)
-
-    def _control(self, points: Tensor, context: Tensor) -> Tensor:
-        """r of relaxed points ``[..., *batch, features]`` -> ``[..., *batch]``."""
-        dtype = next(self.network.parameters()).dtype
-        inputs = torch.cat([points, context.to(points.dtype).expand(*points.shape[:-1], -1)], -1)
-        value: Tensor = self.network(inputs.to(dtype))
-        return value.squeeze(-1).to(points.dtype)

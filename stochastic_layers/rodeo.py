@@ -32,12 +32,14 @@ class Rodeo(StochasticLayer):
 
     where :math:`\neg_i` flips bit i. :math:`h_k` and :math:`\tilde h_k = h'_k(y) \nabla \log q(y)` are averages over
     the other draws j of a surrogate of the cost at y, :math:`f(z_j) + f'(z_j)^\top (y - z_j)` minus the running mean of
-    the cost, plus a learned correction, a network of the two summands that the paper uses alone. Approximates the
-    gradient of E_q[f], unbiased for f differentiable at the draws. The cost is evaluated, and differentiated, at exact
-    draws only: the neighbours are seen by the surrogate.
+    the cost, plus a learned correction, a network of the two summands. Approximates the gradient of E_q[f], unbiased
+    for f differentiable at the draws. The cost is evaluated, and differentiated, at exact draws only: the neighbours
+    are seen by the surrogate.
 
-    :math:`\alpha` and :math:`\beta` are the coefficients of least variance by running moments (see
-    :class:`~stochastic_layers.double_cv.OptimalCoefficients`); the network receives the gradient of the estimator's
+    Where this differs from the paper: there the surrogate is the network alone (``taylor=False``), of inputs that are
+    not centred and scaled by the running moments of the cost; and there :math:`\alpha` and :math:`\beta` are learned by
+    the network's gradient. Here they are the coefficients of least variance by running moments (see
+    :class:`~stochastic_layers.double_cv.OptimalCoefficients`). The network receives the gradient of the estimator's
     squared norm relative to its running mean, averaged as the loss is, and nothing else does. A constant cost gives a
     zero gradient, since its coefficients are zero. Where the cost does not depend on z through autograd it is
     leave-one-out REINFORCE. To compile with ``fullgraph=True``, set
@@ -52,6 +54,7 @@ class Rodeo(StochasticLayer):
         num_samples: Number S of draws per example, at least 2.
         hidden_features: Width of the network's hidden layer.
         decay: Weight of the past in the moments of the coefficients.
+        taylor: Whether the surrogate is the Taylor expansion plus the network, or the network alone.
 
     Raises:
         ValueError: ``num_samples < 2``, or ``decay`` not in [0, 1).
@@ -82,12 +85,15 @@ class Rodeo(StochasticLayer):
         num_samples: int = 2,
         hidden_features: int = 100,
         decay: float = 0.99,
+        taylor: bool = True,
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
         require_two(num_samples)
         last = nn.Linear(hidden_features, 2)
-        nn.init.zeros_(last.weight)  # at the start the surrogates are the Taylor expansion itself
-        nn.init.zeros_(last.bias)
+        if taylor:  # at the start the surrogates are the Taylor expansion itself
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.taylor = taylor
         self.network = nn.Sequential(nn.Linear(2, hidden_features), nn.LeakyReLU(), last)
         self.coefficients = OptimalCoefficients(2, decay)
         self.moments = CostMoments(decay)
@@ -141,5 +147,5 @@ class Rodeo(StochasticLayer):
         dtype = next(self.network.parameters()).dtype
         level = level - mean
         correction = self.network((torch.stack([linear, level], -1) / std).to(dtype))
-        result: Tensor = (linear + level).unsqueeze(-1) + std * correction.to(linear.dtype)
-        return result
+        result: Tensor = std * correction.to(linear.dtype)
+        return result + (linear + level).unsqueeze(-1) if self.taylor else result

@@ -8,6 +8,7 @@ import stochastic_layers as sl
 from stochastic_layers.testing import PolynomialCost, check_mean, exact_value, measure
 
 SMALL = {"hidden_features": 8}
+BOTH = {**SMALL, "control_variate": "both"}
 UNSCALED = {"normalize": False, "baseline": {"name": "learned", "hidden_features": 8}}
 CASES = [
     ("leave_one_out", BITS),
@@ -22,13 +23,19 @@ CASES = [
     ("rebar", {**BITS, "num_samples": 2, "temperature": 0.2}),
     ("relax", {**BITS, **SMALL}),
     ("relax", {**CATEGORIES, **SMALL, "num_samples": 2}),
+    ("relax", {**BITS, **BOTH}),
+    ("relax", {**CATEGORIES, **BOTH, "num_samples": 2}),
     ("double_cv", BITS),
     ("double_cv", {**CATEGORIES, "num_samples": 3}),
     ("rodeo", {**BITS, **SMALL}),
     ("rodeo", {**BITS, **SMALL, "num_samples": 3}),
+    ("rodeo", {**BITS, **SMALL, "taylor": False}),
 ]
 DISCRETE = [case for case in CASES if case[1].get("family") != "gaussian"]
-MAIN = [("nvil", {**BITS, **UNSCALED}), *(case for case in CASES if case[1] in (BITS, {**BITS, **SMALL}))]
+MAIN = [
+    ("nvil", {**BITS, **UNSCALED}),
+    *(case for case in CASES if case[1] in (BITS, {**BITS, **SMALL}, {**BITS, **BOTH})),
+]
 LEARNED = [case for case in CASES if case[0] in ("rebar", "relax", "rodeo")]
 
 

@@ -1,11 +1,14 @@
 """Coupled layers: each draw exact, each pair as dependent as its formula says, each gradient unbiased."""
 
 import itertools
+import math
 
 import pytest
 import torch
+from scipy import special, stats
 
 import stochastic_layers as sl
+from stochastic_layers import arms as copulas
 from stochastic_layers import coupled, coupled_categorical
 from stochastic_layers.binary_codes import decode_sticks, decode_tree, ordered_sticks, stick_logits, tree_logits
 from stochastic_layers.testing import COSTS, PolynomialCost, check_mean, measure
@@ -16,6 +19,7 @@ PROVEN = [
     ("disarm", {"latent_dim": 3}),
     ("arms", {"latent_dim": 3, "num_samples": 2}),
     ("arms", {"latent_dim": 2, "num_samples": 5}),
+    ("arms", {"latent_dim": 2, "num_samples": 4, "copula": "gaussian"}),
     ("disarm", {**CATEGORICAL, "num_categories": 4}),
     ("disarm_tree", {**CATEGORICAL, "num_categories": 3}),
     ("carms", {**CATEGORICAL, "num_categories": 3, "num_samples": 2}),
@@ -125,10 +129,46 @@ def test_pairs_are_antithetic_with_the_joint_law_of_the_formula(name, num_sample
     error = (both_one * (1 - both_one) / num_draws).sqrt() + 1e-12
     for i, j in itertools.combinations(range(num_samples), 2):
         assert (((z[i] * z[j]).mean(0) - both_one).abs() < 5 * error).all()
-    ratio = coupled.independence_ratio(BITS.double(), num_samples)
+    ratio = copulas.independence_ratio(BITS.double(), num_samples)
     torch.testing.assert_close(ratio, p * (1 - p) / (p - both_one))
     assert (both_one < p * p).all()  # negatively correlated
     assert (error < 0.1 * (p * p - both_one)).all()  # which the frequencies above can see
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 4, 10, 100])
+def test_ratio_of_the_gaussian_copula_is_that_of_the_bivariate_normal_law(num_samples):
+    """Against scipy's Owen function, and, where it is accurate, against its bivariate normal distribution function."""
+    logits = torch.tensor([0.0, 0.3, -2.0, 4.0, -7.0, 12.0, 30.0, -33.0, 60.0, 200.0], dtype=torch.float64)
+    ratio = copulas.gaussian_independence_ratio(logits, num_samples)
+    p = torch.sigmoid(-logits.abs()).numpy()
+    h = stats.norm.ppf(p)
+    slope = math.inf if num_samples == 2 else math.sqrt(num_samples / (num_samples - 2))
+    expected = torch.from_numpy(p * (1 - p) / (2 * special.owens_t(h, slope)))
+    torch.testing.assert_close(ratio, expected, rtol=1e-12, atol=0)
+    rho = -1 / (num_samples - 1)
+    if num_samples > 2:
+        both = [stats.multivariate_normal.cdf([v, v], cov=[[1, rho], [rho, 1]]) for v in h[:4]]
+        torch.testing.assert_close(ratio[:4], torch.from_numpy(p[:4] * (1 - p[:4]) / (p[:4] - both)), rtol=1e-6, atol=0)
+    single = copulas.gaussian_independence_ratio(torch.tensor([-1e4, -90.0, 1.0, 1e4]), num_samples)
+    assert bool(single.isfinite().all() and (single >= 0.5).all() and (single <= 1).all())
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 6])
+def test_draws_of_the_gaussian_copula_have_its_joint_law(num_samples):
+    num_draws = 400_000
+    z = copulas.gaussian_copula_bits(BITS.expand(num_draws, 5), num_samples).double()
+    p = torch.sigmoid(BITS.double())
+    both_one = p - p * (1 - p) / copulas.gaussian_independence_ratio(BITS.double(), num_samples)
+    error = (both_one.clamp_min(0) * (1 - both_one) / num_draws).sqrt() + 1e-12
+    assert bool((error < 0.1 * (p * p - both_one)).all())
+    for i, j in itertools.combinations(range(num_samples), 2):
+        assert bool(((z[i] * z[j]).mean(0) - both_one).abs().lt(5 * error + 1e-12).all())
+    assert bool(((z.mean((0, 1)) - p).abs() < 5 * (p * (1 - p) / num_draws).sqrt()).all())
+
+
+def test_the_two_copulas_are_one_for_two_draws():
+    logits = torch.linspace(-9, 9, 50, dtype=torch.float64)
+    torch.testing.assert_close(copulas.gaussian_independence_ratio(logits, 2), copulas.independence_ratio(logits, 2))
 
 
 @pytest.mark.parametrize("num_samples", [2, 4])
@@ -298,7 +338,7 @@ def test_bits_without_their_credit_are_caught():
 @pytest.mark.parametrize("name", ["arms", "carms"])
 def test_coupled_draws_taken_for_independent_ones_are_caught(name, monkeypatch):
     options = {"latent_dim": 2, "num_samples": 3} | ({"num_categories": 4} if name == "carms" else {})
-    monkeypatch.setattr(coupled, "independence_ratio", lambda logits, num_samples: torch.ones_like(logits))
+    monkeypatch.setattr(copulas, "independence_ratio", lambda logits, num_samples: torch.ones_like(logits))
     monkeypatch.setattr(coupled_categorical, "pair_ratios", lambda logits, num_samples: torch.ones_like(logits))
     layer, params = build(name, options)
     with pytest.raises(AssertionError, match="standard errors off"):
@@ -325,7 +365,7 @@ def test_with_two_categories_carms_is_arms_and_sticks_are_bits():
     logits = torch.randn(100, 1, dtype=torch.float64)
     for num_samples in (2, 5):
         torch.testing.assert_close(
-            coupled_categorical.pair_ratios(logits, num_samples), coupled.independence_ratio(logits, num_samples)
+            coupled_categorical.pair_ratios(logits, num_samples), copulas.independence_ratio(logits, num_samples)
         )
     cost = PolynomialCost("cubic", 3)
     carms = sl.create("carms", latent_dim=3, num_categories=2, num_samples=3)
@@ -342,7 +382,7 @@ def test_with_two_categories_carms_is_arms_and_sticks_are_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ratios_stay_finite_and_bounded_for_certain_bits(num_samples, dtype):
     logits = torch.tensor([-1e4, -200.0, -60.0, -1e-3, 0.0, 1e-3, 60.0, 1e4], dtype=dtype)
-    ratio = coupled.independence_ratio(logits, num_samples)
+    ratio = copulas.independence_ratio(logits, num_samples)
     assert ((ratio >= 0.5 - 1e-6) & (ratio <= 1)).all()
     torch.testing.assert_close(ratio[[0, 1, 2, -2, -1]], torch.ones(5, dtype=dtype))
     sticks = stick_logits(torch.stack([logits, logits + 1.0, logits + 1.5], -1).sort(-1).values)
@@ -416,6 +456,7 @@ def test_compiles_into_one_graph(name, options):
         ("disarm_tree", {}, "needed num_categories >= 2"),
         ("arsm", {"num_categories": 1}, "needed num_categories >= 2"),
         ("arms", {"family": "categorical"}, "supports the families"),
+        ("arms", {"copula": "clayton"}, "needed copula 'dirichlet' or 'gaussian', got 'clayton'"),
     ],
 )
 def test_bad_options_are_refused_at_construction(name, options, message):

@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 import stochastic_layers as sl
-from stochastic_layers.diagnostics import GradientStatistics, gradient_statistics, preserved
+from stochastic_layers.diagnostics import (
+    GradientStatistics,
+    gradient_reference,
+    gradient_statistics,
+    preserved,
+)
 from stochastic_layers.testing import PolynomialCost, exact_value
 
 
@@ -19,6 +24,7 @@ def default_layer(name):
     return None
 
 
+DISCRETE = sorted({n for f in ("bernoulli", "categorical") for n in sl.list_layers(family=f)})
 BUILDABLE = [name for name in sl.list_layers() if default_layer(name) is not None]
 
 
@@ -41,10 +47,11 @@ def separate_passes(layer, params, cost_fn, num_draws):
     return torch.stack(gradients)
 
 
-@pytest.mark.parametrize("name", BUILDABLE)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BUILDABLE if name not in DISCRETE])  # those have a test of more
 def test_statistics_agree_with_a_thousand_separate_backward_passes(name):
     layer, params, cost_fn = problem(name)
-    statistics = gradient_statistics(layer, params, cost_fn, num_draws=20_000, chunk_size=8_000)
+    statistics = gradient_statistics(layer, params, cost_fn, num_draws=20_000, chunk_size=8_000, reference=None)
     draws = separate_passes(layer, params, cost_fn, 1000)
     assert statistics.num_draws == 20_000 and statistics.mean.shape == statistics.variance.shape == params.shape
     rounding = 1e-9
@@ -53,6 +60,190 @@ def test_statistics_agree_with_a_thousand_separate_backward_passes(name):
     squares = (draws - draws.mean(0)).square()
     error = (squares.var(0) * (1 / 1000 + 1 / 20_000)).sqrt() + rounding
     assert bool(((statistics.variance - draws.var(0)).abs() < 5 * error).all())
+
+
+def discrete_problem(name):
+    """Three bits, or two variables of three categories, an asymmetric cost, and its exact gradient."""
+    torch.manual_seed(0)  # layers may have networks
+    family = sl.describe(name).families[0]
+    sizes = {"latent_dim": 3} if family == "bernoulli" else {"latent_dim": 2, "num_categories": 3}
+    layer = sl.create(name, family=family, **sizes).double()
+    generator = torch.Generator().manual_seed(2)
+    params = 0.7 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
+    cost_fn = PolynomialCost("asymmetric", layer.out_features)
+    leaf = params.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(exact_value(layer, leaf, cost_fn).sum(), leaf)
+    return layer, params, cost_fn, exact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISCRETE)
+def test_variance_bias_and_snr_agree_with_brute_force(name):
+    """A thousand separate backward passes against one batched measurement of ten thousand redraws.
+
+    All errors are those of the draws themselves; five of them are allowed, so that a coordinate fails by chance with
+    probability 6e-7. Neither side knows the other's reference: here it is the sum over outcomes of the test kit.
+    """
+    layer, params, cost_fn, exact = discrete_problem(name)
+    few, many = 1000, 10_000
+    found = gradient_statistics(layer, params, cost_fn, num_draws=many)
+    assert found.reference.kind == "exact"
+    torch.testing.assert_close(found.reference.gradient, exact, rtol=1e-10, atol=1e-10)
+    draws = separate_passes(layer, params, cost_fn, few)
+    rounding = 1e-9 * (1 + exact.abs())
+    # bias, coordinate by coordinate
+    error = (draws.var(0) / few + found.bias_standard_error**2).sqrt() + rounding
+    assert bool(((found.bias - (draws.mean(0) - exact)).abs() < 5 * error).all())
+    # its norm: the debiased square, whose error contains that of the brute force, to which the rows are projected
+    norm, norm_error = found.bias_norm
+    deviation = draws.mean(0) - exact
+    plain = float((deviation.square().sum() / 2).sqrt())
+    noise = float((draws.var(0).sum() / few / 2).sqrt())
+    assert abs(norm - plain) < 5 * (norm_error + noise)
+    # total variance and mean squared error, per example
+    for value, squares in (
+        (found.total_variance, (draws - draws.mean(0)).square().sum((1, 2)) / 2),
+        (found.mse, (draws - exact).square().sum((1, 2)) / 2),
+    ):
+        error = float(squares.std()) * (1 / few + 1 / many) ** 0.5
+        assert abs(value - float(squares.mean())) < 5 * error + 1e-9 * (1 + value)
+    # signal-to-noise ratio, by a jackknife of the brute force over groups
+    spread = draws.flatten(1)
+    if float(spread.var(0).sum()) < 1e-20:
+        assert found.snr > 1e6
+        return
+    without = torch.stack([snr_of(spread[torch.arange(few) % 20 != group]) for group in range(20)])
+    error = float((19 * without.var(correction=0)).sqrt())
+    assert abs(found.snr - float(snr_of(spread))) < 5 * error * (1 + few / many) ** 0.5 + 1e-9
+    cosines = (spread @ exact.flatten()) / (spread.norm(dim=1) * exact.norm()).clamp_min(1e-300)
+    error = float(cosines.std()) * (1 / few + 1 / many) ** 0.5
+    assert abs(found.cosine - float(cosines.mean())) < 5 * error + 1e-9
+
+
+def snr_of(draws):
+    """Root of the unbiased squared norm of the mean over the total variance, of draws ``[R, N]``."""
+    noise = draws.var(0).sum()
+    return ((draws.mean(0).square().sum() - noise / len(draws)).clamp_min(0) / noise).sqrt()
+
+
+@pytest.mark.parametrize("name", ["disarm", "straight_through", "carms"])
+def test_bias_has_the_stated_error(name):
+    """Over many repetitions the error of the norm covers, and an unbiased layer is not called biased."""
+    layer, params, cost_fn, exact = discrete_problem(name)
+    truth = gradient_statistics(layer, params, cost_fn, num_draws=40_000).bias_norm[0]
+    squares, covered = [], 0
+    for seed in range(60):
+        torch.manual_seed(seed)  # every measurement gives the random state back
+        found = gradient_statistics(layer, params, cost_fn, num_draws=64, reference=exact, chunk_size=64)
+        norm, error = found.bias_norm
+        squares.append(found._squared_bias()[0])
+        covered += abs(norm - truth) < 3 * error
+    assert covered >= 54
+    values = torch.tensor(squares)
+    assert abs(float(values.mean()) - truth**2) < 5 * float(values.std()) / 60**0.5 + 1e-3
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+def test_an_exact_reference_does_not_depend_on_how_outcomes_are_cut(monkeypatch):
+    layer, params, cost_fn, exact = discrete_problem("reinforce")
+    for max_bytes in (1, 5000, 2**28):
+        found = gradient_reference(layer, params, lambda s: cost_fn(s.z), kind="exact", max_bytes=max_bytes)
+        torch.testing.assert_close(found.gradient, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_a_cost_that_sums_batch_dimensions_is_enumerated_jointly():
+    layer, params = sl.create("reinforce", latent_dim=2), torch.tensor([[[0.3, -0.5], [1.0, 0.2]]]).double()
+
+    def cost_fn(z):  # [S, R, 1, 2, 2] -> [S, R, 1], of both positions together
+        return (z.sum((-1, -2)) - 1.5) ** 3
+
+    found = gradient_statistics(layer, params, cost_fn, num_draws=20_000)
+    assert found.reference.kind == "exact"
+    joint = sl.create("enumeration", latent_dim=4)
+    leaf = params.reshape(1, 4).clone().requires_grad_()
+    sample = joint.sample(leaf)
+    (exact,) = torch.autograd.grad(sample.surrogate((sample.z.sum(-1) - 1.5) ** 3).sum(), leaf)
+    torch.testing.assert_close(found.reference.gradient, exact.view(1, 2, 2), rtol=1e-10, atol=1e-12)
+    assert bool((found.bias.abs() < 5 * found.bias_standard_error).all())
+
+
+@pytest.mark.parametrize("name", ["gaussian", "poisson", "hard_concrete", "reinforce"])
+def test_long_averages_are_unbiased_and_know_their_error(name):
+    layer, params, cost_fn = problem(name)
+    leaf = params.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(exact_value(layer, leaf, cost_fn).sum(), leaf)
+    found = gradient_reference(layer, params, lambda s: cost_fn(s.z), kind="average", num_draws=4000)
+    assert found.kind == "average"
+    assert bool(((found.gradient - exact).abs() < 5 * found.variance.sqrt()).all())
+    assert float(found.variance.sum().sqrt()) < 0.25 * float(exact.norm())
+
+
+def test_an_average_has_other_noise_than_what_is_measured():
+    layer, params, cost_fn, _ = discrete_problem("reinforce")
+    layer = sl.create("leave_one_out", latent_dim=3, num_samples=4).double()  # the very estimator of the average
+    found = gradient_statistics(layer, params, cost_fn, num_draws=64, reference="average", reference_draws=64)
+    assert float((found.bias / found.bias_standard_error).abs().max()) > 0.5
+
+
+def test_an_average_of_a_black_box_uses_the_score_function():
+    layer = sl.create("leave_one_out", latent_dim=1, family="gaussian")
+    params = torch.tensor([[0.3, 0.0]], dtype=torch.float64)
+    found = gradient_statistics(layer, params, lambda z: (z.detach() > 0).double().squeeze(-1), num_draws=4000)
+    density = torch.exp(torch.distributions.Normal(0.0, 1.0).log_prob(torch.tensor(0.3)))  # d P(z > 0) / d loc
+    error = float(found.reference.variance[0, 0]) ** 0.5
+    assert float(found.reference.gradient[0, 0]) == pytest.approx(float(density), abs=5 * error) and error < 0.1
+    assert bool((found.bias.abs() < 5 * found.bias_standard_error).all())
+
+
+def test_large_spaces_are_averaged_and_points_have_no_reference():
+    layer = sl.create("disarm", latent_dim=200)
+    found = gradient_statistics(layer, torch.zeros(2, 200), lambda z: z.sum(-1), num_draws=4, reference_draws=8)
+    assert found.reference.kind == "average"
+    with pytest.raises(ValueError, match="2 \\*\\* 200; use reference='average'"):
+        gradient_statistics(layer, torch.zeros(2, 200), lambda z: z.sum(-1), num_draws=4, reference="exact")
+    quantizer = sl.create("fsq", latent_dim=2)
+    params = torch.zeros(2, quantizer.in_features)
+    found = gradient_statistics(quantizer, params, lambda z: z.sum(-1), num_draws=4)
+    assert found.reference is None
+    with pytest.raises(ValueError, match="needed a reference"):
+        _ = found.mse
+    with pytest.raises(ValueError, match="point mass"):
+        gradient_statistics(quantizer, params, lambda z: z.sum(-1), num_draws=4, reference="average")
+
+
+def test_a_given_reference_is_taken_as_exact():
+    layer, params, cost_fn, exact = discrete_problem("straight_through")
+    found = gradient_statistics(layer, params, cost_fn, num_draws=50, reference=exact + 1)
+    torch.testing.assert_close(found.bias, found.mean - exact - 1)
+    assert found.reference.kind == "given"
+    with pytest.raises(ValueError, match="the shape of params"):
+        gradient_statistics(layer, params, cost_fn, reference=exact[:1])
+
+
+# ---- memory, evaluations, time --------------------------------------------------------------------------------------
+
+
+def test_passes_respect_the_memory_budget():
+    layer = sl.create("reinforce", latent_dim=10)
+    network = nn.Sequential(nn.Linear(10, 100), nn.Tanh())
+    sizes = []
+
+    def cost_fn(z):
+        sizes.append(z.shape[1])
+        return network(z).sum(-1)
+
+    params = torch.zeros(4, 10)
+    gradient_statistics(layer, params, cost_fn, num_draws=200, max_bytes=100_000, reference=None)
+    # tanh saves [R, 4, 100] floats, 1600 bytes a redraw, and what else there is: less than twice as much
+    assert sizes[0] == 8 and 100_000 / 3200 < max(sizes) <= 100_000 / 1600 and sum(sizes) == 200
+
+
+def test_evaluations_and_time_are_counted():
+    layer, params, cost_fn, _ = discrete_problem("enumeration")
+    found = gradient_statistics(layer, params, cost_fn, num_draws=4)
+    assert found.evaluations == 8 and found.seconds > 0 and found.variance_time == found.total_variance * found.seconds
 
 
 def planted_draws(monkeypatch, layer, seed=0):

@@ -5,7 +5,7 @@ import torch
 from control_variate_problems import BITS, CATEGORIES, asymmetric_params, build, total_variance, train
 
 import stochastic_layers as sl
-from stochastic_layers import rebar
+from stochastic_layers import rebar, relax
 from stochastic_layers.testing import PolynomialCost, check_mean, measure
 
 SMALL = {"hidden_features": 8}
@@ -96,11 +96,16 @@ def test_size_of_the_bias_of_detached_conditional_noise(monkeypatch):
     assert float(moments.standard_error.norm() / moments.exact.norm()) < 0.03
 
 
-@pytest.mark.parametrize(("name", "options"), [("rebar", BITS), ("relax", {**BITS, **SMALL})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("rebar", BITS), ("relax", {**BITS, **SMALL}), ("relax", {**BITS, **SMALL, "control_variate": "both"})],
+    ids=str,
+)
 def test_a_sign_flip_is_caught(name, options, monkeypatch):
     layer, params = build(name, options)
-    right = rebar.inject
-    monkeypatch.setattr(rebar, "inject", lambda gradient, params: -right(gradient, params))
+    module = {"rebar": rebar, "relax": relax}[name]
+    right = module.inject
+    monkeypatch.setattr(module, "inject", lambda gradient, params: -right(gradient, params))
     with pytest.raises(AssertionError, match="standard errors off"):
         check_mean(layer, params, PolynomialCost("linear", 3))
 
@@ -120,6 +125,46 @@ def test_a_leak_of_the_relaxed_cost_into_the_decoder_is_caught():
     cost = PolynomialCost("asymmetric", 3)
     with pytest.raises(AssertionError, match="standard errors off"):
         check_mean(layer, asymmetric_params(layer), cost, of="decoder")
+
+
+def test_a_network_lowers_the_variance_of_the_relaxed_cost():
+    """At the start, before the network has learned, the two are REBAR with eta = 1, draw by draw."""
+    cost, start, variance = PolynomialCost("cubic", 3), [], []
+    for name, options in (("rebar", {}), ("relax", {**SMALL, "control_variate": "both"})):
+        layer, params = build(name, {**BITS, **options}, batch=1)
+        torch.manual_seed(5)
+        leaf = params.expand(9, 1, 3).clone().requires_grad_()
+        sample = layer.sample(leaf)
+        start.extend(torch.autograd.grad(sample.surrogate(cost(sample.z)).sum(), leaf))
+        variance.append(total_variance(train(layer, params, cost, copies=16), params, cost))
+    torch.testing.assert_close(*start)
+    print("tuned", variance)
+    assert variance[1] < 0.85 * variance[0]
+
+
+def test_a_black_box_leaves_the_network_of_both():
+    """Where the cost does not depend on z through autograd, the gradient is that of the network alone."""
+    cost, found = PolynomialCost("cubic", 3), []
+    for choice in ("network", "both"):
+        torch.manual_seed(0)
+        layer, params = build("relax", {**BITS, **SMALL, "control_variate": choice})
+        torch.manual_seed(1)
+        leaf = params.clone().requires_grad_()
+        sample = layer.sample(leaf)
+        with torch.no_grad():
+            value = cost(sample.z)
+        sample.surrogate(value).sum().backward()
+        found.append([leaf.grad, *(p.grad for p in layer.parameters())])
+    for network, both in zip(*found, strict=True):
+        torch.testing.assert_close(network, both)
+
+
+def test_relax_states_what_its_option_needs_and_refuses_the_cost_alone():
+    layer = sl.create("relax", latent_dim=2, control_variate="both")
+    assert layer.needs == sl.create("rebar", latent_dim=2).needs and sl.describe("relax").needs == ("cost",)
+    assert layer.sample(torch.zeros(4, 2)).z.shape == (3, 4, 2)
+    with pytest.raises(ValueError, match="use 'rebar' for the cost alone"):
+        sl.create("relax", latent_dim=2, control_variate="cost")
 
 
 @pytest.mark.parametrize("options", [BITS, CATEGORIES], ids=str)

@@ -99,6 +99,19 @@ def test_the_network_lowers_the_variance_further():
     assert figures[True] < 0.9 * figures[False]
 
 
+def test_the_network_alone_is_the_papers_surrogate_and_learns():
+    layer, params = build("rodeo", {**BITS, "hidden_features": 32, "taylor": False}, batch=1)
+    linear, level = torch.randn(2, 5, dtype=torch.float64)
+    inputs = torch.stack([linear, level], -1)  # before the first step, mean 0 and deviation 1
+    torch.testing.assert_close(layer._surrogate(linear, level), layer.network(inputs))
+    cost = PolynomialCost("cubic", 3)
+    start = total_variance(layer, params, cost)
+    train(layer, params, cost, steps=500, copies=32, learning_rate=2e-2)
+    end = total_variance(layer, params, cost)
+    print(f"the network alone {start:.3g} -> {end:.3g}")
+    assert end < 0.7 * start
+
+
 def test_the_wrong_flip_probability_is_caught(monkeypatch):
     """Without the Gibbs probability, A h does not have mean zero."""
     layer, params, cost = learned({}, kind="quadratic")

@@ -28,6 +28,7 @@ class Moments:
         exact: The exact gradient.
         num_draws: Number of draws.
         projection: Mean and standard error of <draw, exact> / <exact, exact>, which is 1 for an unbiased estimator.
+        exact_error: Estimated error of ``exact`` itself, where it is a numerical integral; it counts as noise.
     """
 
     mean: Tensor
@@ -35,6 +36,7 @@ class Moments:
     exact: Tensor
     num_draws: int
     projection: tuple[float, float]
+    exact_error: Tensor | None = None
 
     @property
     def largest_z(self) -> float:
@@ -43,9 +45,17 @@ class Moments:
         Coordinates without any spread (exact up to rounding) are compared with the rounding error of float64.
         """
         rounding = 1e-12 * (1 + self.exact.abs())
+        if self.exact_error is not None:
+            rounding = rounding + self.exact_error
         z = float(((self.mean - self.exact) / (self.standard_error + rounding)).abs().max())
         value, error = self.projection
-        return max(z, abs(value - 1) / (error + 1e-12)) if math.isfinite(value) else z
+        return max(z, abs(value - 1) / (error + 1e-12 + self.relative_error)) if math.isfinite(value) else z
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the error of the exact gradient over its own norm; 0 where it is exact, or zero."""
+        norm = float(self.exact.norm())
+        return 0.0 if self.exact_error is None or norm == 0 else float(self.exact_error.norm()) / norm
 
     @property
     def relative_bias(self) -> float:
@@ -89,6 +99,7 @@ def measure_all(
     context: Tensor | None = None,
     chunk_size: int = 20_000,
     expectation: Expectation | None = None,
+    coarse: Expectation | None = None,
 ) -> dict[str, Moments]:
     """As :func:`measure`, for several of ``"encoder"``, ``"decoder"`` and ``"value"`` from the same draws.
 
@@ -101,18 +112,15 @@ def measure_all(
         context: Context for a learned baseline ``[*batch, F]``.
         chunk_size: Draws in one batched pass.
         expectation: What computes E_q[cost], differentiable in params and theta; by default :func:`exact_value`.
+        coarse: The same less exactly: what it differs by is taken for the error of the exact values.
     """
-    leaf = params.detach().clone().requires_grad_()
-    value = (expectation or exact_value)(layer, leaf, cost_fn)
+    exact = _exact(layer, params, cost_fn, of, expectation or exact_value)
+    errors: dict[str, Tensor | None] = dict.fromkeys(of)
+    if coarse is not None:
+        rough = _exact(layer, params, cost_fn, of, coarse)
+        errors = {name: (exact[name] - rough[name]).abs() for name in of}
+    running = {name: _Running(exact[name], errors[name]) for name in of}
     theta = next(cost_fn.parameters())
-    targets = {"encoder": leaf, "decoder": theta}
-    running: dict[str, _Running] = {}
-    for name in of:
-        if name == "value":
-            running[name] = _Running(value.detach())
-        else:
-            (exact,) = torch.autograd.grad(value.sum(), targets[name], retain_graph=True, allow_unused=True)
-            running[name] = _Running(torch.zeros_like(targets[name]) if exact is None else exact)
     count = 0
     while count < num_draws:
         draws = min(chunk_size, num_draws - count)
@@ -138,13 +146,31 @@ def measure_all(
     return {name: running[name].moments() for name in of}
 
 
+def _exact(
+    layer: StochasticLayer, params: Tensor, cost_fn: nn.Module, of: Sequence[str], expectation: Expectation
+) -> dict[str, Tensor]:
+    """The quantities that an expectation has."""
+    leaf = params.detach().clone().requires_grad_()
+    value = expectation(layer, leaf, cost_fn)
+    targets = {"encoder": leaf, "decoder": next(cost_fn.parameters())}
+    found = {}
+    for name in of:
+        if name == "value":
+            found[name] = value.detach()
+        else:
+            (exact,) = torch.autograd.grad(value.sum(), targets[name], retain_graph=True, allow_unused=True)
+            found[name] = torch.zeros_like(targets[name]) if exact is None else exact
+    return found
+
+
 class _Running:
     """Sums over draws of a quantity's deviation from the exact one, of its square, and of its projection."""
 
-    def __init__(self, exact: Tensor) -> None:
-        self.exact = exact
+    def __init__(self, exact: Tensor, exact_error: Tensor | None = None) -> None:
+        self.exact, self.exact_error = exact, exact_error
         self.norm = float(exact.square().sum())
-        if self.norm < 1e-24:  # rounding of an exact zero, along which no projection means anything
+        noise = 0.0 if exact_error is None else float(exact_error.square().sum())
+        if self.norm < 1e-24 + 100 * noise:  # rounding of an exact zero, along which no projection means anything
             self.norm, self.exact = 0.0, torch.zeros_like(exact)
         self.total, self.squares = torch.zeros_like(exact), torch.zeros_like(exact)
         self.along, self.along_squares, self.count = 0.0, 0.0, 0
@@ -173,6 +199,7 @@ class _Running:
             exact=self.exact,
             num_draws=count,
             projection=(1 + center, spread) if self.norm > 0 else (math.nan, math.nan),
+            exact_error=self.exact_error,
         )
 
 

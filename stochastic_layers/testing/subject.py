@@ -136,7 +136,8 @@ class Subject:
         if takes_categories(self.family):
             self.options.setdefault("num_categories", NUM_CATEGORIES)
         if "latent_dim" not in self.options:
-            self.options["latent_dim"] = 3 if self.family == "bernoulli" else 2
+            # few enough for expectations by enumeration or a product rule; a point of a simplex is several numbers
+            self.options["latent_dim"] = {"bernoulli": 3, "dirichlet": 1}.get(self.family, 2)
             try:
                 self.build()
             except ValueError:  # layers of one joint variable
@@ -169,12 +170,17 @@ class Subject:
         return layer.to(dtype).train()
 
     def params(self, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Asymmetric params ``[*batch, in_features]`` of both signs; log-variances about -1, for tame moments."""
+        """Asymmetric params ``[*batch, in_features]`` of both signs, with tame moments.
+
+        Log-variances are about -1, and the tails of Student's t such that the cost has a variance.
+        """
         generator = torch.Generator().manual_seed(self.seed + 1)
         layer = self.build()
         params = 0.8 * torch.randn(*batch, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
-        if layer.family.parts[-1:] == ("log_variance",):
-            params[..., layer.in_features // 2 :] -= 1.0
+        family = layer.family
+        shifts = {"log_variance": -1.0, "raw_concentration": 10.0 if "loc" in family.parts else 0.0}
+        for part, values in zip(family.parts, torch.split(params, list(family.part_sizes), -1), strict=True):
+            values += shifts.get(part, 0.0)
         return params.to(dtype)
 
     def cost(self, kind: str = "asymmetric") -> PolynomialCost:

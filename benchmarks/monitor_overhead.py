@@ -1,0 +1,131 @@
+"""What does watching the gradient cost? Decides the default cadence of ``GradientVarianceMonitor``.
+
+One run trains a VAE and turns its monitor on and off, cycle after cycle of ``log_every_n_steps`` steps, so that both
+sides see the same machine, model and data. A cycle with the monitor holds one measurement. Reported is the process
+time of the steps of a cycle with, over that of its neighbour without, as median and quartiles over the pairs. Loading
+data, validation and what Lightning does between epochs are left out: they would make the ratio look better. ::
+
+    python benchmarks/monitor_overhead.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_modules import VAE, GradientVarianceMonitor
+from lightning_modules.data import TensorData
+
+RESULTS = Path(__file__).parent / "results" / "monitor_overhead.json"
+CYCLE = 50  # Lightning's default for log_every_n_steps
+LOO = {"latent_dim": 200, "num_samples": 2, "baseline": "leave_one_out"}
+MODELS: dict[str, dict[str, Any]] = {
+    "digits, batch 64": {"data_shape": (1, 8, 8), "batch": 64, "options": {**LOO, "latent_dim": 32}},
+    "28x28, batch 100": {"data_shape": (1, 28, 28), "batch": 100, "options": LOO},
+}
+MONITORS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "with moving moments": {"decay": 0.999},
+    "with weights": {"weights": True},
+    "with a basket of two": {"basket": ["disarm", "reinforce"]},
+}
+
+
+class Switched(L.Callback):
+    """Turns a monitor on in every other cycle, and times the cycles."""
+
+    def __init__(self, monitor: GradientVarianceMonitor, decay: float | None) -> None:
+        self.monitor, self.decay = monitor, decay
+        self.times: dict[bool, list[float]] = {True: [], False: []}
+        self.start = self.sum = 0.0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        cycle, within = divmod(trainer.global_step, CYCLE)
+        if within == 0:
+            on = cycle % 2 == 1
+            self.monitor.every_n_steps = CYCLE if on else 0
+            self.monitor.decay = self.decay if on else None
+            self.sum = 0.0
+        self.start = time.process_time()  # this callback comes before the monitor
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.sum += time.process_time() - self.start
+        cycle, within = divmod(trainer.global_step - 1, CYCLE)
+        if within == CYCLE - 1 and cycle >= 2:  # the first two warm up
+            self.times[cycle % 2 == 1].append(self.sum)
+
+
+def measure(model: Mapping[str, Any], options: Mapping[str, Any], pairs: int) -> dict[str, float]:
+    """Time ``pairs`` pairs of cycles of one model with one monitor."""
+    L.seed_everything(0, verbose=False)
+    monitor = GradientVarianceMonitor(**options)
+    switch = Switched(monitor, options.get("decay"))
+    x = torch.rand(model["batch"] * CYCLE, *model["data_shape"]).round()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=2 * CYCLE * (pairs + 1),
+        log_every_n_steps=CYCLE,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[switch, monitor],
+    )
+    vae = VAE("reinforce", model["options"], data_shape=model["data_shape"])
+    trainer.fit(vae, TensorData(x, batch_size=model["batch"]))
+    ratios = [on / off for on, off in zip(switch.times[True], switch.times[False], strict=True)]
+    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+    off = statistics.median(switch.times[False]) / CYCLE
+    return {"median": median, "q1": q1, "q3": q3, "pairs": len(ratios), "seconds_per_step": off}
+
+
+def main() -> None:
+    """Measure every pair of model and monitor, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of cycles for each case")
+    parser.add_argument("--monitors", nargs="+", choices=MONITORS, default=list(MONITORS), help="which to measure")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for title in arguments.monitors:
+        for name, model in MODELS.items():
+            found = measure(model, MONITORS[title], arguments.pairs)
+            rows.append({"model": name, "monitor": title, **found})
+            print(f"{name:20s} {title:22s} {found['median']:.3f} [{found['q1']:.3f}, {found['q3']:.3f}]", flush=True)
+            write(rows, arguments.out)  # after every case, so that none is lost
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """The result as JSON, all of it or nothing."""
+    document = {
+        "question": "time of training steps with a monitor over that without, process time, both in one run",
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": L.__version__,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 2),
+        },
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
