@@ -112,6 +112,7 @@ class LearnedCodebook(NearestCodes):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """k-means on the first batch ``[N, D]``; later calls return at once."""
+        refuse_recomputation("a codebook")
         _initialize(self.anchors, self.counts, torch.zeros_like(self.anchors), self.initialized, x.detach())
 
     @torch.no_grad()

@@ -107,7 +107,7 @@ def test_joined_noise_is_what_each_rank_draws(rows):
 
 
 LAYERS = [n for n in sl.list_layers() if n != "flow"]
-WITH_CODEBOOKS = ("vq", "rotation_trick", "residual_vq")
+WITH_CODEBOOKS = ("vq", "rotation_trick", "residual_vq", "diveq")
 
 
 def train_through(name, recomputed):
