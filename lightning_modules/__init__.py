@@ -10,6 +10,7 @@ from lightning_modules.callbacks import (
 )
 from lightning_modules.checkpoints import CorruptCheckpointError, VerifiedCheckpointIO
 from lightning_modules.classifier import StochasticClassifier
+from lightning_modules.comparison import Comparison, compare
 from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
@@ -34,6 +35,7 @@ __all__ = [
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "CollapseWarning",
+    "Comparison",
     "CorruptCheckpointError",
     "DiscretizedLogistic",
     "GaussianLikelihood",
@@ -55,5 +57,6 @@ __all__ = [
     "TemperatureSchedule",
     "Terms",
     "VerifiedCheckpointIO",
+    "compare",
     "score_layers",
 ]

@@ -1,4 +1,4 @@
-"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe and certify."""
+"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe, certify, compare."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _describe(name: str) -> None:
     console.print(layer_class(name).__doc__ or "", markup=False, highlight=False)
 
 
-def _names_data(words: Sequence[str]) -> bool:
+def names_data(words: Sequence[str]) -> bool:
     """Whether the command line, or a configuration file that it names, chooses the data module."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")
@@ -249,6 +249,8 @@ def main(args: list[str] | None = None) -> None:
             print(compatibility_markdown())
         elif command == "certify":
             sys.exit(certify.main(rest))
+        elif command == "compare":
+            sys.exit(import_module("lightning_modules.comparison.command").main(rest))  # which imports this module
         elif command == "sweep":
             sys.exit(sweep.main(rest))
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
@@ -263,7 +265,7 @@ def main(args: list[str] | None = None) -> None:
             CLI(
                 VAE,
                 ImageDataModule,
-                default_data=not _names_data(words),
+                default_data=not names_data(words),
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 save_config_callback=SaveConfig,
