@@ -8,6 +8,7 @@ from lightning_modules.callbacks import (
     ReproducibleNoise,
     TemperatureSchedule,
 )
+from lightning_modules.checkpoints import CorruptCheckpointError, VerifiedCheckpointIO
 from lightning_modules.classifier import StochasticClassifier
 from lightning_modules.comparison import Comparison, compare
 from lightning_modules.gradient_moments import GradientMoments
@@ -35,6 +36,7 @@ __all__ = [
     "CategoricalLikelihood",
     "CollapseWarning",
     "Comparison",
+    "CorruptCheckpointError",
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "GradientMoments",
@@ -54,6 +56,7 @@ __all__ = [
     "StochasticClassifier",
     "TemperatureSchedule",
     "Terms",
+    "VerifiedCheckpointIO",
     "compare",
     "score_layers",
 ]
