@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_layers.baselines import RunningMean, create_baseline
+from stochastic_layers.baselines import RunningMean, create_baseline, mean_over_all_ranks
 from stochastic_layers.categorical import softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
@@ -94,8 +94,8 @@ class CostMoments(RunningMean):
             return
         cost = cost.detach()
         started = self.weight > 0
-        own = cost.mean() if cost.numel() else cost.new_zeros(())
-        center = torch.where(started, self.mean, own)  # large means do not cancel in the variance
+        batch, _ = mean_over_all_ranks(cost.reshape(-1, 1))
+        center = torch.where(started, self.mean, batch)  # large means do not cancel in the variance
         self.update(torch.stack([cost, (cost - center).square()], -1))
 
 
@@ -111,11 +111,11 @@ class RelativeVariance(RunningMean):
         """The objective ``[*leading]`` of a gradient ``[*leading, features]``."""
         energy = gradient.square().sum(-1)
         values = energy.detach()
-        own = values.mean() if values.numel() else values.new_zeros(())
-        scale = torch.maximum(self.value, 0.01 * own)  # one outlier counts at most a hundredfold
-        scale = torch.where(self.weight > 0, scale, own).clamp_min(torch.finfo(values.dtype).tiny).squeeze(0)
+        batch, rows = mean_over_all_ranks(values.reshape(-1, 1))
+        scale = torch.maximum(self.value, 0.01 * batch)  # one outlier counts at most a hundredfold
+        scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(values.dtype).tiny).squeeze(0)
         if self.training and torch.is_grad_enabled():
-            self.update(values.unsqueeze(-1))
+            self.accumulate(batch, rows)
         return energy / scale
 
 

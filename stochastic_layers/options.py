@@ -29,9 +29,13 @@ def check_options(name: str, constructor: Callable[..., Any], options: Mapping[s
     except Exception:  # annotations of a foreign layer may name what cannot be resolved
         return
     for option, value in options.items():
-        if option in hints and not _fits(value, hints[option]):
-            kind = str(hints[option]) if get_origin(hints[option]) else getattr(hints[option], "__name__", "")
-            raise ValueError(f"needed {option} of {name!r} as {kind}, got {value!r} ({type(value).__name__}).")
+        if option not in hints or _fits(value, hints[option]):
+            continue
+        if get_origin(hints[option]) is Literal:
+            *others, last = map(repr, get_args(hints[option]))
+            raise ValueError(f"needed {option} {', '.join(others)} or {last}, got {value!r}; see {name!r}.")
+        kind = str(hints[option]) if get_origin(hints[option]) else getattr(hints[option], "__name__", "")
+        raise ValueError(f"needed {option} of {name!r} as {kind}, got {value!r} ({type(value).__name__}).")
 
 
 def _fits(value: Any, hint: Any) -> bool:
