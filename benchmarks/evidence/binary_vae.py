@@ -190,7 +190,7 @@ def plot(out: Path) -> None:
     colors = dict(zip(ESTIMATORS, (*plt.get_cmap("tab20").colors[::2], "black"), strict=True))
     for name, runs in sorted(curves(out).items(), key=lambda item: list(ESTIMATORS).index(item[0])):
         for number, content in enumerate(runs):
-            points = [p for p in content["curve"] if p["step"] >= 300]
+            points = content["curve"]
             steps = [p["step"] for p in points]
             label = f"{name} ({ESTIMATORS[name]['num_samples'] if name != 'rebar' else 3})" if not number else None
             left.plot(steps, [p["variance"] for p in points], color=colors[name], label=label, linewidth=1, marker=".")
@@ -208,6 +208,7 @@ def plot(out: Path) -> None:
     right.set(xlabel="step", ylabel="ELBO (nats)", ylim=(-170, None), title="training ELBO, one exact draw")
     for axes in (left, right):
         axes.set_xscale("log")
+        axes.set_xlim(250, 22000)  # before, the running moments are those of a few steps
         axes.set_xticks([300, 1000, 3000, 10000, 20000], ["300", "1,000", "3,000", "10,000", "20,000"])
         axes.grid(alpha=0.3)
     left.legend(fontsize=8, ncols=2, loc="lower right")
