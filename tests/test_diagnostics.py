@@ -32,6 +32,7 @@ def problem(name, seed=0):
     layer = default_layer(name).double()
     generator = torch.Generator().manual_seed(seed)
     params = 0.7 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
+    layer.sample(params)  # a codebook is started by its first batch, whose size would be that of the pass
     return layer, params, PolynomialCost("quadratic", layer.out_features)
 
 
