@@ -1,0 +1,203 @@
+"""What does training under Lightning cost? Decides what is logged, seeded and measured by default.
+
+A VAE 784-400-20-400-784 on binarized 28x28 images, batch 128, is trained by a loop written out in PyTorch and by ``VAE``
+under a ``Trainer``, by turns, some hundred steps at a time. Counted is the time of a step with its data, after a warm-up;
+what a Trainer does once, before and after, is left out. ::
+
+    python -m benchmarks.training
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.measure import Row, arguments, clock, summary, write
+from lightning_modules import VAE, GradientVarianceMonitor
+from lightning_modules.data import TensorData
+
+STEPS, WARM_UP, BATCH = 150, 30, 128
+EXAMPLES = BATCH * (STEPS + WARM_UP + 2)
+REFERENCE = "loop, same optimizer"
+
+
+class Bare(nn.Module):
+    """The model, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = networks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The loss of a batch ``[B, 1, 28, 28]``."""
+        loc, log_variance = self.encoder(x).chunk(2, -1)
+        z = loc + (0.5 * log_variance).exp() * torch.randn_like(loc)
+        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="none").flatten(1).sum(-1)
+        kl = -0.5 * (1 + log_variance - loc.square() - log_variance.exp()).sum(-1)
+        return (reconstruction + kl).mean()
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 40))
+    decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 784), nn.Unflatten(-1, (1, 28, 28)))
+    return encoder, decoder
+
+
+def loaded(pixels: Tensor) -> Iterator[Tensor]:
+    """Batches as most scripts make them."""
+    for (x,) in DataLoader(TensorDataset(pixels), batch_size=BATCH, shuffle=True):
+        yield torch.bernoulli(x)
+
+
+def indexed(pixels: Tensor) -> Iterator[Tensor]:
+    """Batches by one index into one tensor, as the data modules here make them."""
+    for rows in torch.randperm(len(pixels)).split(BATCH):
+        yield torch.bernoulli(pixels[rows])
+
+
+def loop(pixels: Tensor, batches: Callable[[Tensor], Iterator[Tensor]], **options: Any) -> float:
+    """Seconds of a step of a loop written out."""
+    model = Bare()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **options)
+    start = 0.0
+    for step, x in enumerate(batches(pixels)):
+        if step == WARM_UP:
+            start = clock()
+        if step == WARM_UP + STEPS:
+            break
+        loss = model(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (clock() - start) / STEPS
+
+
+def svi(pixels: Tensor) -> float:
+    """Seconds of a step of Pyro's SVI with its own Adam."""
+    pyro = importlib.import_module("pyro")
+    dist, infer = importlib.import_module("pyro.distributions"), importlib.import_module("pyro.infer")
+    pyro.clear_param_store()
+    bare = Bare()
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", bare.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 20), x.new_ones(len(x), 20)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=bare.decoder(z), validate_args=False).to_event(3), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", bare.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_variance = bare.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, (0.5 * log_variance).exp()).to_event(1))
+
+    optimizer = importlib.import_module("pyro.optim").Adam({"lr": 1e-3})
+    trainer = infer.SVI(model, guide, optimizer, loss=infer.TraceMeanField_ELBO())
+    start = 0.0
+    for step, x in enumerate(loaded(pixels)):
+        if step == WARM_UP:
+            start = clock()
+        if step == WARM_UP + STEPS:
+            break
+        trainer.step(x)
+    return (clock() - start) / STEPS
+
+
+class Stopwatch(L.Callback):
+    """Times the steps after the warm-up, with their data and all that the Trainer does in between."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == WARM_UP:
+            self.start = clock()
+        if batch_idx == WARM_UP + STEPS:
+            self.seconds = (clock() - self.start) / STEPS
+
+
+class Usual(L.LightningModule):
+    """The model as a LightningModule that logs three values at every step, as most do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Bare()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(batch[0])
+        self.log_dict({"elbo": -loss, "kl": loss.detach(), "reconstruction": loss.detach()})
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def trained(module: L.LightningModule, data: TensorData, *callbacks: L.Callback) -> float:
+    """Seconds of a step under a Trainer."""
+    watch = Stopwatch()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=WARM_UP + STEPS + 1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[watch, *callbacks],
+    )
+    trainer.fit(module, data)
+    return watch.seconds
+
+
+def vae() -> VAE:
+    """The library's model, of the same networks."""
+    encoder, decoder = networks()
+    return VAE("gaussian", {"latent_dim": 20}, encoder=encoder, decoder=decoder, data_shape=(1, 28, 28))
+
+
+def main() -> None:
+    """Measure and write."""
+    options = arguments(__doc__ or "", seconds=120.0)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    pixels = torch.rand(EXAMPLES, 1, 28, 28)
+    data = TensorData(pixels, batch_size=BATCH, binarization="dynamic")
+    cases: dict[str, Callable[[], float]] = {
+        REFERENCE: lambda: loop(pixels, loaded, fused=True),
+        "loop, torch's default Adam": lambda: loop(pixels, loaded),
+        "loop, same optimizer, indexed tensor": lambda: loop(pixels, indexed, fused=True),
+        "VAE under Trainer": lambda: trained(vae(), data),
+        "VAE under Trainer, no monitor": lambda: trained(vae(), data, GradientVarianceMonitor(every_n_steps=0)),
+        "LightningModule that logs each step": lambda: trained(Usual(), data),
+    }
+    unavailable = {}
+    try:
+        importlib.import_module("pyro")
+        cases["Pyro SVI"] = lambda: svi(pixels)
+    except ImportError as error:
+        unavailable["Pyro SVI"] = f"ImportError: {error}"
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    order, end = list(cases), time.perf_counter() + options.seconds
+    while time.perf_counter() < end or len(times[REFERENCE]) < 5:
+        for name in order:
+            times[name].append(cases[name]())
+        order.reverse()
+    rows = []
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(values, times[REFERENCE], strict=True)]
+        group = f"VAE 784-400-20, batch {BATCH}"
+        rows.append(Row(group, name, "s", *summary(values), len(values), REFERENCE, *summary(ratios)))
+        print(f"{name:40s} {1e3 * rows[-1].median:7.2f} ms  {rows[-1].ratio:.3f} x {REFERENCE}", flush=True)
+    write("training", __doc__.splitlines()[0], rows, unavailable=unavailable, folder=options.folder)
+
+
+if __name__ == "__main__":
+    main()
