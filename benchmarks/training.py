@@ -1,8 +1,8 @@
 """What does training under Lightning cost? Decides what is logged, seeded and measured by default.
 
 A VAE 784-400-20-400-784 on binarized 28x28 images, batch 128, is trained by a loop written out in PyTorch and by
-``VAE`` under a ``Trainer``, by turns, some hundred steps at a time. Counted is the time of a step with its data, after a
-warm-up; what a Trainer does once, before and after, is left out. ::
+``VAE`` under a ``Trainer``, by turns, some hundred steps at a time. Counted is the time of a step with its data, after
+a warm-up; what a Trainer does once, before and after, is left out. ::
 
     python -m benchmarks.training
 """
