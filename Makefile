@@ -5,14 +5,16 @@ VENV ?= .venv
 WORKERS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_SECONDS ?= 2
 
 BIN := $(VENV)/bin
 TEST_STAMP := $(VENV)/.installed-test
 DEV_STAMP := $(VENV)/.installed-dev
+PEERS_STAMP := $(VENV)/.installed-peers
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types build clean
+.PHONY: help demo test test-slow bench lint types build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +35,11 @@ $(DEV_STAMP): $(PINS) | $(TEST_STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+$(PEERS_STAMP): $(PINS) | $(TEST_STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]" || \
+		echo "the peers could not be installed: measuring without them"
+	@touch $@
+
 demo: $(TEST_STAMP) ## train a VAE (options: make demo DEMO_ARGS="--model.layer disarm")
 	$(BIN)/stochastic-layers fit $(DEMO_ARGS)
 
@@ -41,6 +48,11 @@ test: $(TEST_STAMP) ## run the quick tests and the doctests
 
 test-slow: $(TEST_STAMP) ## run the slow tests and those on several processes
 	$(BIN)/python -m pytest -m "(slow or ddp) and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+bench: $(PEERS_STAMP) ## measure in a short form, against the peers that can be installed, and draw the page of results
+	for name in layers estimators scaling memory; do \
+		$(BIN)/python -m benchmarks.$$name --seconds $(BENCH_SECONDS) || exit 1; done
+	$(BIN)/python -m benchmarks.render
 
 lint: $(DEV_STAMP) ## check style and format
 	$(BIN)/ruff check .

@@ -5,16 +5,12 @@ sides see the same machine, model and data. A cycle with the monitor holds one m
 time of the steps of a cycle with, over that of its neighbour without, as median and quartiles over the pairs. Loading
 data, validation and what Lightning does between epochs are left out: they would make the ratio look better. ::
 
-    python benchmarks/monitor_overhead.py
+    python -m benchmarks.monitor_overhead
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +19,10 @@ from typing import Any
 import lightning as L
 import torch
 
+from benchmarks.measure import RESULTS, Row, summary, write
 from lightning_modules import VAE, GradientVarianceMonitor
 from lightning_modules.data import TensorData
 
-RESULTS = Path(__file__).parent / "results" / "monitor_overhead.json"
 CYCLE = 50  # Lightning's default for log_every_n_steps
 LOO = {"latent_dim": 200, "num_samples": 2, "baseline": "leave_one_out"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -65,8 +61,9 @@ class Switched(L.Callback):
             self.times[cycle % 2 == 1].append(self.sum)
 
 
-def measure(model: Mapping[str, Any], options: Mapping[str, Any], pairs: int) -> dict[str, float]:
+def measure(group: str, model: Mapping[str, Any], title: str, pairs: int) -> list[Row]:
     """Time ``pairs`` pairs of cycles of one model with one monitor."""
+    options = MONITORS[title]
     L.seed_everything(0, verbose=False)
     monitor = GradientVarianceMonitor(**options)
     switch = Switched(monitor, options.get("decay"))
@@ -84,10 +81,13 @@ def measure(model: Mapping[str, Any], options: Mapping[str, Any], pairs: int) ->
     )
     vae = VAE("reinforce", model["options"], data_shape=model["data_shape"])
     trainer.fit(vae, TensorData(x, batch_size=model["batch"]))
-    ratios = [on / off for on, off in zip(switch.times[True], switch.times[False], strict=True)]
-    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-    off = statistics.median(switch.times[False]) / CYCLE
-    return {"median": median, "q1": q1, "q3": q3, "pairs": len(ratios), "seconds_per_step": off}
+    on, off = ([seconds / CYCLE for seconds in switch.times[side]] for side in (True, False))
+    ratios = [a / b for a, b in zip(on, off, strict=True)]
+    none, ones = f"without, beside {title}", (1.0,) * len(off)
+    return [
+        Row(group, none, "s", *summary(off), len(off), none, *summary(ones)),
+        Row(group, title, "s", *summary(on), len(on), none, *summary(ratios)),
+    ]
 
 
 def main() -> None:
@@ -95,36 +95,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15, help="pairs of cycles for each case")
     parser.add_argument("--monitors", nargs="+", choices=MONITORS, default=list(MONITORS), help="which to measure")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the JSON goes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for title in arguments.monitors:
         for name, model in MODELS.items():
-            found = measure(model, MONITORS[title], arguments.pairs)
-            rows.append({"model": name, "monitor": title, **found})
-            print(f"{name:20s} {title:22s} {found['median']:.3f} [{found['q1']:.3f}, {found['q3']:.3f}]", flush=True)
-            write(rows, arguments.out)  # after every case, so that none is lost
-
-
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """The result as JSON, all of it or nothing."""
-    document = {
-        "question": "time of training steps with a monitor over that without, process time, both in one run",
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": L.__version__,
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "load": round(os.getloadavg()[0], 2),
-        },
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
+            rows += measure(name, model, title, arguments.pairs)
+            print(f"{name:20s} {title:22s} {rows[-1].ratio:.3f} [{rows[-1].ratio_q1:.3f}, {rows[-1].ratio_q3:.3f}]")
+            # after every case, so that none is lost
+            write(
+                "monitor_overhead", "What does watching the gradient cost a training step?", rows,
+                folder=arguments.folder,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from lightning_modules.callbacks import (
     ReproducibleNoise,
     TemperatureSchedule,
 )
+from lightning_modules.checkpoints import CorruptCheckpointError, VerifiedCheckpointIO
 from lightning_modules.classifier import StochasticClassifier
+from lightning_modules.comparison import Comparison, compare
 from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.hierarchical import HierarchicalVAE
 from lightning_modules.likelihoods import (
@@ -33,6 +35,8 @@ __all__ = [
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "CollapseWarning",
+    "Comparison",
+    "CorruptCheckpointError",
     "DiscretizedLogistic",
     "GaussianLikelihood",
     "GradientMoments",
@@ -52,5 +56,7 @@ __all__ = [
     "StochasticClassifier",
     "TemperatureSchedule",
     "Terms",
+    "VerifiedCheckpointIO",
+    "compare",
     "score_layers",
 ]

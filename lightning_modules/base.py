@@ -21,6 +21,7 @@ from lightning_modules.metrics import importance_statistics
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
 from lightning_modules.probe import probe_params
+from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics
@@ -172,7 +173,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         loss = self.loss(terms)
         if self._logging_is_due:
             self._log_training(terms, loss, len(x))
-        return loss.mean()
+        return mean_over_ranks(loss)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # Lightning's log inspects its caller: not traceable
     def _log_training(self, terms: _Terms, loss: Tensor, batch_size: int) -> None:
@@ -217,6 +218,14 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
 
     def on_fit_start(self) -> None:
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
+
+    def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy)
+        # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
+        self.trainer.precision_plugin.convert_module(self)
+
+    def on_train_start(self) -> None:
+        check_equal_batches(self.trainer.num_training_batches, self.device)
 
     def evaluation(self, stage: str) -> Evaluation:
         """The metrics of a stage, ``"val"`` or ``"test"``."""

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_modules.base import fused_adam, log_interval, own_noise
+from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import capture, surrogate
 
@@ -131,7 +132,7 @@ class StochasticClassifier(WeightsOnly):
             logits = self.network(x)
         cost = -self.log_prob(logits, y)
         expected = surrogate(cost, samples) if samples else cost
-        loss = expected.mean() + self._kl_per_example()
+        loss = mean_over_ranks(expected) + self._kl_per_example()
         if self._trainer is not None and (self.global_step + 1) % log_interval(self.trainer) == 0:
             self._log_training(loss, expected, logits, y)
         return loss
@@ -188,6 +189,14 @@ class StochasticClassifier(WeightsOnly):
 
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(self.network.parameters())
+
+    def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy)
+        # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
+        self.trainer.precision_plugin.convert_module(self)
+
+    def on_train_start(self) -> None:
+        check_equal_batches(self.trainer.num_training_batches, self.device)
 
     def configure_callbacks(self) -> list[Callback]:
         return own_noise(self.trainer)

@@ -1,4 +1,4 @@
-"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe and certify."""
+"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe, certify, compare."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -23,6 +24,7 @@ import stochastic_layers as sl
 from lightning_modules import certify
 from lightning_modules.callbacks import CollapseWarning, Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
+from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
 from lightning_modules.sweeps import TrialRecord
@@ -132,13 +134,15 @@ class CLI(LightningCLI):
         if not any(isinstance(callback, CollapseWarning) for callback in callbacks):
             callbacks.append(CollapseWarning())
         callbacks += [Report(), *TrialRecord.from_environment()]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         return trainer
 
     def after_fit(self) -> None:
         """Test the best weights, once, on the data that neither training nor the choice of weights has seen."""
         if cast(Any, self.trainer).fast_dev_run:
             return
-        best = self.trainer.checkpoint_callback
+        best = self._get(self.config_init, "checkpoint")  # not the first of the Trainer, which may be another one
         path = getattr(best, "best_model_path", "") or None
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False, weights_only=True)
         pictures = [file for c in trainer_callbacks(self.trainer) if isinstance(c, Pictures) for file in c.files]
@@ -219,7 +223,7 @@ def _describe(name: str) -> None:
     console.print(layer_class(name).__doc__ or "", markup=False, highlight=False)
 
 
-def _names_data(words: Sequence[str]) -> bool:
+def names_data(words: Sequence[str]) -> bool:
     """Whether the command line, or a configuration file that it names, chooses the data module."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")
@@ -245,6 +249,8 @@ def main(args: list[str] | None = None) -> None:
             print(compatibility_markdown())
         elif command == "certify":
             sys.exit(certify.main(rest))
+        elif command == "compare":
+            sys.exit(import_module("lightning_modules.comparison.command").main(rest))  # which imports this module
         elif command == "sweep":
             sys.exit(sweep.main(rest))
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
@@ -259,7 +265,7 @@ def main(args: list[str] | None = None) -> None:
             CLI(
                 VAE,
                 ImageDataModule,
-                default_data=not _names_data(words),
+                default_data=not names_data(words),
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 save_config_callback=SaveConfig,

@@ -14,6 +14,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningModule
 
 import stochastic_layers as sl
+from lightning_modules.checkpoints import refuse_damaged
 from stochastic_layers.registry import layer_class
 
 __all__ = ["WeightsOnly", "read_checkpoint", "restrict_imports"]
@@ -63,6 +64,7 @@ def read_checkpoint(source: str | Path | IO[bytes]) -> dict[str, Any]:
         OSError: The file cannot be opened.
     """
     if isinstance(source, (str, Path)):
+        refuse_damaged(source)
         with Path(source).open("rb") as file:
             return _read(file, str(source))
     return _read(source, "the checkpoint")

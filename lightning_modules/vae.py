@@ -108,7 +108,11 @@ class VAE(LatentVariableModel[Terms]):
             optimizer=optimizer,
             iwae_samples=iwae_samples,
         )
-        self.layer = build_layer(layer, layer_options)
+        with (
+            torch.random.fork_rng()
+        ):  # encoder and decoder start alike, whatever the layer draws for its own parameters
+            torch.default_generator.manual_seed(int(torch.randint(2**62, ())))
+            self.layer = build_layer(layer, layer_options)
         self.objective.check(self.layer)
         self.prior = build_prior(prior, self.layer.family)
         self.encoder = build_encoder(encoder, self.data_shape, self.layer.in_features)

@@ -1,4 +1,4 @@
-"""Auxiliary losses where no surrogate is built: their gradient rides on the draw."""
+"""One value and another gradient: hard draws with the slope of soft ones, draws that carry auxiliary losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["with_gradient_of"]
+__all__ = ["with_gradient_of", "with_value"]
+
+
+class _WithValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, soft: Tensor, hard: Tensor) -> Tensor:
+        return hard.view_as(hard)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def with_value(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of ``hard``, exactly, and the gradient of ``soft``: ``hard + (soft - soft.detach())`` without a pass.
+
+    Args:
+        hard: ``[S, ...]``, without gradient.
+        soft: ``[S, ...]`` or, the same for every draw, ``[...]``.
+    """
+    if soft.dim() < hard.dim():
+        soft = soft.unsqueeze(0)  # for S = 1 nothing is left to expand, and backward to sum
+    if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
+        return hard + (soft - soft.detach())
+    result: Tensor = _WithValue.apply(soft.expand_as(hard), hard)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _WithGradientOf(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stochastic_layers.recomputation import refuse_recomputation
 from stochastic_layers.registry import nearest
 
 __all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "create_baseline"]
@@ -52,6 +53,18 @@ class LeaveOneOut(Baseline):
         return (cost.sum(0, keepdim=True) - cost) / (cost.shape[0] - 1)
 
 
+@torch.no_grad()
+def mean_over_all_ranks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``[n]`` of the rows ``[N, n]`` of all ranks of ``torch.distributed``, and their number ``[1]``.
+
+    Every row counts the same, whatever rank has it; the mean of no rows is 0.
+    """
+    moments = torch.cat([rows.sum(0), rows.new_full((1,), rows.shape[0])])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(moments)
+    return moments[:-1] / moments[-1].clamp_min(1), moments[-1:]
+
+
 class RunningMean(nn.Module):
     """A running mean of some statistics over steps, agreed by all ranks.
 
@@ -85,13 +98,15 @@ class RunningMean(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Count one step of ``values`` ``[*any, n]``; evaluation mode and ``no_grad`` probes do not come here."""
-        rows = values.reshape(-1, self.total.shape[0])
-        moments = torch.cat([rows.sum(0), rows.new_full((1,), rows.shape[0])])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(moments)
-        seen = (moments[-1] > 0).to(self.weight.dtype)  # an empty batch changes nothing
+        self.accumulate(*mean_over_all_ranks(values.reshape(-1, self.total.shape[0])))
+
+    @torch.no_grad()
+    def accumulate(self, mean: Tensor, count: Tensor) -> None:
+        """Count one step of which all ranks know the mean ``[n]`` and the number of rows ``[1]`` already."""
+        refuse_recomputation("a running mean")
+        seen = (count > 0).to(self.weight.dtype)  # an empty batch changes nothing
         rate = (1 - self.decay) * seen
-        self.total.mul_(1 - rate).add_(rate * moments[:-1] / moments[-1].clamp_min(1))
+        self.total.mul_(1 - rate).add_(rate * mean)
         self.weight.mul_(1 - rate).add_(rate)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stochastic_layers.codes import Codes, check_positive_int
+from stochastic_layers.recomputation import refuse_recomputation
 
 __all__ = ["Codebook", "LearnedCodebook", "NearestCodes", "ProjectedCodebook"]
 
@@ -111,6 +112,7 @@ class LearnedCodebook(NearestCodes):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """k-means on the first batch ``[N, D]``; later calls return at once."""
+        refuse_recomputation("a codebook")
         _initialize(self.anchors, self.counts, torch.zeros_like(self.anchors), self.initialized, x.detach())
 
     @torch.no_grad()
@@ -161,6 +163,7 @@ class Codebook(NearestCodes):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """k-means on the first batch ``[N, D]``; later calls return at once."""
+        refuse_recomputation("a codebook")
         _initialize(self.vectors, self.counts, self.sums, self.initialized, x.detach())
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_layers.baselines import RunningMean, create_baseline
+from stochastic_layers.baselines import RunningMean, create_baseline, mean_over_all_ranks
+from stochastic_layers.categorical import softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
@@ -20,7 +21,7 @@ def mean_point(family: Family, params: Tensor) -> Tensor:
     """E_q[z] ``[*batch, out_features]`` of a discrete family, detached: the probabilities."""
     params = params.detach()
     if isinstance(family, CategoricalFamily):
-        return family.unflatten(params).softmax(-1).flatten(-2)
+        return softmax(family.unflatten(params)).flatten(-2)
     return torch.sigmoid(params)
 
 
@@ -93,8 +94,8 @@ class CostMoments(RunningMean):
             return
         cost = cost.detach()
         started = self.weight > 0
-        own = cost.mean() if cost.numel() else cost.new_zeros(())
-        center = torch.where(started, self.mean, own)  # large means do not cancel in the variance
+        batch, _ = mean_over_all_ranks(cost.reshape(-1, 1))
+        center = torch.where(started, self.mean, batch)  # large means do not cancel in the variance
         self.update(torch.stack([cost, (cost - center).square()], -1))
 
 
@@ -110,11 +111,11 @@ class RelativeVariance(RunningMean):
         """The objective ``[*leading]`` of a gradient ``[*leading, features]``."""
         energy = gradient.square().sum(-1)
         values = energy.detach()
-        own = values.mean() if values.numel() else values.new_zeros(())
-        scale = torch.maximum(self.value, 0.01 * own)  # one outlier counts at most a hundredfold
-        scale = torch.where(self.weight > 0, scale, own).clamp_min(torch.finfo(values.dtype).tiny).squeeze(0)
+        batch, rows = mean_over_all_ranks(values.reshape(-1, 1))
+        scale = torch.maximum(self.value, 0.01 * batch)  # one outlier counts at most a hundredfold
+        scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(values.dtype).tiny).squeeze(0)
         if self.training and torch.is_grad_enabled():
-            self.update(values.unsqueeze(-1))
+            self.accumulate(batch, rows)
         return energy / scale
 
 
@@ -181,11 +182,11 @@ class NVIL(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.family.distribution(params)
-        z = self.family.sample(q, self.num_samples)
+        z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
         context = (params if context is None else context).detach()
 
         def credit(cost: Tensor) -> Tensor:
-            log_prob = sum_rightmost(self.family.log_prob(q, z), cost.dim())  # [S, *lead]
+            log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
             cost = cost.detach()
             prediction = cost.new_zeros(()) if self.baseline is None else self.baseline(cost, context)
             residual = cost - prediction.detach()
@@ -197,7 +198,7 @@ class NVIL(StochasticLayer):
                 term = term + 0.5 * ((prediction + center - cost).square() / scale).mean(0)
             return term
 
-        return self._sample(q, z, credit=credit)
+        return self._sample(q, z, credit=credit, log_density=log_density)
 
 
 @register("muprop")

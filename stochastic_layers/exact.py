@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stochastic_layers.categorical import log_softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
@@ -61,7 +62,7 @@ class JointLayer(StochasticLayer):
     def joint_log_probs(self, params: Tensor) -> Tensor:
         """log q of every outcome ``[*batch, N]``, with gradient."""
         if isinstance(self.family, CategoricalFamily):
-            table = self.family.unflatten(params).log_softmax(-1)
+            table = log_softmax(self.family.unflatten(params))
         else:
             table = torch.stack([functional.logsigmoid(-params), functional.logsigmoid(params)], -1)
         joint = table[..., 0, :]

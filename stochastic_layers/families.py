@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, OneHotCategorical
+from torch.distributions import Bernoulli, Distribution, Independent
 
+from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
+from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
 from stochastic_layers.quadrature import gauss_hermite, product_rule
 from stochastic_layers.registry import nearest
 
@@ -19,9 +21,7 @@ __all__ = [
     "Family",
     "GaussianFamily",
     "create_family",
-    "draw_categorical",
     "gaussian_nodes",
-    "one_hot_categorical",
     "register_family",
     "takes_categories",
 ]
@@ -30,42 +30,10 @@ MAX_PARAM = 1e18  # its square stays finite in float32, and so do sums and refle
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
 
 
-def draw_categorical(probs: Tensor, num_samples: int) -> Tensor:
-    """Exact one-hot draws by inversion of the cumulative sum: one uniform per row instead of one Gumbel per category.
-
-    Args:
-        probs: Probabilities ``[..., C]``; rows need not be normalised.
-        num_samples: Number S of independent draws.
-
-    Returns:
-        One-hot vectors ``[S, ..., C]`` of the dtype of ``probs``. A category of probability zero is never drawn.
-    """
-    cdf = probs.detach().cumsum(-1)
-    total = cdf[..., -1:]
-    u = torch.rand(num_samples, *total.shape, dtype=cdf.dtype, device=cdf.device) * total
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to total
-    index = torch.searchsorted(cdf.expand(num_samples, *cdf.shape).contiguous(), u, right=True)
-    return torch.zeros(num_samples, *cdf.shape, dtype=cdf.dtype, device=cdf.device).scatter_(-1, index, 1.0)
-
-
 def _base(q: Distribution) -> Any:
     """The law of one variable under ``Independent``."""
     assert isinstance(q, Independent)
     return q.base_dist
-
-
-def one_hot_categorical(logits: Tensor) -> OneHotCategorical:
-    """``OneHotCategorical(logits=logits)`` without torch's validation, which its inner law would otherwise still do.
-
-    The validation costs a synchronisation with the device, fails on an empty batch, and has been done on params.
-
-    Args:
-        logits: ``[*batch, C]``, finite.
-    """
-    q = OneHotCategorical.__new__(OneHotCategorical)
-    q._categorical = Categorical(logits=logits, validate_args=False)
-    Distribution.__init__(q, logits.shape[:-1], logits.shape[-1:], validate_args=False)
-    return q
 
 
 class Family(ABC):
@@ -119,6 +87,14 @@ class Family(ABC):
     @abstractmethod
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         """Exact draws ``[S, *batch, out_features]`` without gradient."""
+
+    def sample_with_log_prob(self, q: Distribution, num_samples: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Exact draws without gradient, and the function that gives log q of them ``[S, *batch]``, with its gradient.
+
+        The function is cheaper than :meth:`log_prob` where a draw is known by less than z.
+        """
+        z = self.sample(q, num_samples)
+        return z, lambda: self.log_prob(q, z)
 
     def rsample(self, q: Distribution, num_samples: int) -> Tensor:
         """Draws ``[S, *batch, out_features]`` with a gradient, of families that torch can reparameterize."""
@@ -222,8 +198,8 @@ class Family(ABC):
             torch._assert_async(torch.isfinite(params).all(), "needed finite params, got NaN or infinite values")
         elif params.numel():
             values = params.detach()
-            low, high = torch.stack(torch.aminmax(values)).tolist()  # one pass, one synchronisation; NaN propagates
-            self.check(values, low, high)
+            low, high = torch.aminmax(values)  # one pass, one synchronisation; NaN propagates
+            self.check(values, low.item(), high.item())
         return params
 
 
@@ -299,7 +275,12 @@ class CategoricalFamily(Family):
         return Independent(one_hot_categorical(self.unflatten(params)), 1, validate_args=False)
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        return draw_categorical(_base(q).logits.detach().exp(), num_samples).flatten(-2)
+        return self.sample_with_log_prob(q, num_samples)[0]
+
+    def sample_with_log_prob(self, q: Distribution, num_samples: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        law = _base(q)
+        index = draw_index(law.probs, num_samples)
+        return one_hot(index, law.probs).flatten(-2), lambda: log_prob_of_index(law, index).sum(-1)
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
         # linear in z, so that it is also defined (as the multilinear extension) on the relaxed points of a simplex
@@ -345,11 +326,12 @@ class GaussianFamily(Family):
 
     def standard(self) -> Distribution:
         """The standard normal."""
-        return self.distribution(torch.zeros(self.in_features))
+        return DiagonalNormal(StandardNormal(torch.zeros(self.latent_dim), torch.ones(self.latent_dim)))
 
     def distribution(self, params: Tensor) -> Distribution:
         loc, log_variance = params.chunk(2, -1)
-        return Independent(Normal(loc, (0.5 * log_variance).exp(), validate_args=False), 1, validate_args=False)
+        # two copies, after which every pass, forward and backward, runs over dense memory
+        return DiagonalNormal(LogVarianceNormal(loc.contiguous(), log_variance.contiguous()))
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return q.sample(torch.Size((num_samples,)))

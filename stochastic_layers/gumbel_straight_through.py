@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from stochastic_layers.auxiliary import with_value
+from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
+from stochastic_layers.noise import log_exponential
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
@@ -146,7 +149,7 @@ class GumbelRao(TemperedLayer):
         zero = params - params.detach()  # value zero, gradient that of the logits
         if isinstance(self.family, CategoricalFamily):
             one_hot = self.family.unflatten(hard)
-            log_probs = self.family.unflatten(params.detach()).log_softmax(-1)
+            log_probs = log_softmax(self.family.unflatten(params.detach()))
             step = self._category_step(log_probs, one_hot, self.family.unflatten(zero)).flatten(-2)
         else:
             step = self._bit_slope(params.detach(), hard) * zero
@@ -163,7 +166,7 @@ class GumbelRao(TemperedLayer):
 
     def _points(self, log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
         """Relaxed draws given z ``[count, S, *batch, L, C]`` at which the Jacobian of the softmax is taken."""
-        return conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)).softmax(-1)
+        return softmax(conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)))
 
     def _mean_jacobian(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
         """Mean over the redraws of J at their points, applied to zero."""
@@ -187,11 +190,10 @@ def conditional_gumbel(log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor
 
     The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it.
     """
-    log_exponential = torch.empty(count, *one_hot.shape, dtype=one_hot.dtype, device=one_hot.device)
-    log_exponential.exponential_().log_()
+    noise = log_exponential((count, *one_hot.shape), one_hot)
     index = one_hot.argmax(-1, keepdim=True).expand(count, *one_hot.shape[:-1], 1)
-    largest = log_exponential.gather(-1, index)
-    return torch.logaddexp(log_exponential - log_probs, largest).scatter_(-1, index, largest).neg_()
+    largest = noise.gather(-1, index)
+    return torch.logaddexp(noise - log_probs, largest).scatter_(-1, index, largest).neg_()
 
 
 def conditional_logistic(logits: Tensor, bits: Tensor, count: int) -> Tensor:
@@ -275,11 +277,11 @@ class GappedStraightThrough(TemperedLayer):
             logits, one_hot = self.family.unflatten(params.detach()), self.family.unflatten(hard)
             top = logits.amax(-1, keepdim=True)
             moved = torch.where(one_hot > 0, top, torch.minimum(logits, top - self.gap))
-            soft = ((moved + self.family.unflatten(zero)) / temperature).softmax(-1).flatten(-2)
+            soft = softmax((moved + self.family.unflatten(zero)) / temperature).flatten(-2)
         else:  # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
             sign = 2 * hard - 1
             soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
-        return self._sample(q, hard + (soft - soft.detach()))
+        return self._sample(q, with_value(hard, soft))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gap={self.gap:g}"

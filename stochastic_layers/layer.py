@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from torch.distributions import Distribution
 
 from stochastic_layers.auxiliary import with_gradient_of
 from stochastic_layers.families import Family, create_family
+from stochastic_layers.recomputation import recomputing
 from stochastic_layers.registry import nearest
 
 __all__ = ["Sample", "StochasticLayer", "sum_rightmost"]
@@ -26,6 +28,13 @@ captured: ContextVar[list[Sample] | None] = ContextVar("captured", default=None)
 def sum_rightmost(tensor: Tensor, ndim: int) -> Tensor:
     """Sum the trailing dimensions until ``ndim`` are left: event dimensions that the cost has already summed."""
     return tensor.flatten(ndim).sum(-1) if tensor.dim() > ndim else tensor
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off; where it is off already nothing is entered, which would cost as much as a small layer's kernel."""
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +81,7 @@ class Sample:
         """
         self._check(cost)
         weights = self.weights
-        with torch.autocast(cost.device.type, enabled=False):  # statistics and log-probabilities stay in float32
+        with _without_autocast(cost.device.type):  # statistics and log-probabilities stay in float32
             if cost.dtype in (torch.float16, torch.bfloat16):
                 cost = cost.to(weights.dtype)
             ndim = cost.dim() - 1
@@ -188,7 +197,7 @@ class StochasticLayer(nn.Module, ABC):
     def distribution(self, params: Tensor | Sequence[Tensor]) -> Distribution:
         """The law q of params ``[*batch, in_features]``, in at least float32."""
         params = self.family.prepare(params)
-        with torch.autocast(params.device.type, enabled=False):
+        with _without_autocast(params.device.type):
             return self.law(params)
 
     def law(self, params: Tensor) -> Distribution:
@@ -212,12 +221,13 @@ class StochasticLayer(nn.Module, ABC):
             ValueError: Wrong shape or dtype, or NaN or infinite values.
         """
         prepared = self.family.prepare(params)
-        with torch.autocast(prepared.device.type, enabled=False):
+        with _without_autocast(prepared.device.type):
             if self.training:
                 sample = self.draw(prepared, context)
             else:
                 q = self.law(prepared.detach())
-                sample = self._sample(q, self.family.sample(q, self.num_samples))
+                z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
+                sample = self._sample(q, z, log_density=log_density)
         dtype = (params if isinstance(params, Tensor) else params[0]).dtype
         if sample.z.dtype == dtype:
             return sample
@@ -241,7 +251,8 @@ class StochasticLayer(nn.Module, ABC):
                 open, so that its gradient would silently be zero.
         """
         samples = captured.get()
-        if samples is None and "cost" in self.needs and self.training and torch.is_grad_enabled():
+        needs_cost = "cost" in self.needs and self.training and torch.is_grad_enabled()
+        if samples is None and needs_cost and not recomputing():  # a recomputation is of a call that was captured
             raise RuntimeError(
                 f"{self.name or type(self).__name__!r} gets its gradient from the cost and was called outside "
                 "sl.capture(): the encoder would not train. Write `with sl.capture() as samples: ...` and "
@@ -263,13 +274,16 @@ class StochasticLayer(nn.Module, ABC):
         weights: Tensor | None = None,
         credit: Callable[[Tensor], Tensor] | None = None,
         aux: Mapping[str, Tensor] | None = None,
+        log_density: Callable[[], Tensor] | None = None,
     ) -> Sample:
         """A :class:`Sample` of z ``[S, *batch, out_features]``, equally weighted unless weights are given."""
         equally_weighted = weights is None
         if weights is None:
             weights = torch.full((z.shape[0],), 1.0 / z.shape[0], dtype=z.dtype, device=z.device)
-        family = self.family
-        return Sample(z, weights, q, lambda: family.log_prob(q, z), credit, dict(aux or {}), equally_weighted)
+        if log_density is None:
+            family = self.family
+            log_density = lambda: family.log_prob(q, z)  # noqa: E731
+        return Sample(z, weights, q, log_density, credit, dict(aux or {}), equally_weighted)
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {"latent_dim": self.latent_dim, "family": self.family.name}

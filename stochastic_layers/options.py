@@ -29,22 +29,13 @@ def check_options(name: str, constructor: Callable[..., Any], options: Mapping[s
     except Exception:  # annotations of a foreign layer may name what cannot be resolved
         return
     for option, value in options.items():
-        if option in hints and not _fits(value, hints[option]):
-            raise ValueError(
-                f"needed {option} of {name!r} as {_words(hints[option])}, got {value!r} ({type(value).__name__})."
-            )
-
-
-def _words(hint: Any) -> str:
-    """An annotation as a sentence says it: ``'ascending' or 'given'``, ``int or None``."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return " or ".join(map(repr, args))
-    if origin in (Union, UnionType):
-        return " or ".join(map(_words, args))
-    if origin:
-        return str(hint).replace("collections.abc.", "").replace("typing.", "")
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+        if option not in hints or _fits(value, hints[option]):
+            continue
+        if get_origin(hints[option]) is Literal:
+            *others, last = map(repr, get_args(hints[option]))
+            raise ValueError(f"needed {option} {', '.join(others)} or {last}, got {value!r}; see {name!r}.")
+        kind = str(hints[option]) if get_origin(hints[option]) else getattr(hints[option], "__name__", "")
+        raise ValueError(f"needed {option} of {name!r} as {kind}, got {value!r} ({type(value).__name__}).")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -129,9 +129,12 @@ class Gaussian(Pathwise):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        loc, scale = q.mean, q.stddev
-        noise = torch.randn(self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
-        return self._sample(q, torch.addcmul(loc, scale, noise))
+        assert isinstance(q, Independent)
+        loc, scale = q.base_dist.loc, q.base_dist.scale
+        if self.num_samples == 1:  # without a dimension that is broadcast, and summed over in backward
+            return self._sample(q, (loc + scale * torch.randn_like(scale)).unsqueeze(0))
+        noise = torch.randn(self.num_samples, *scale.shape, dtype=scale.dtype, device=scale.device)
+        return self._sample(q, loc + scale * noise)
 
 
 @register("antithetic")

@@ -7,7 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from stochastic_layers.families import CategoricalFamily, draw_categorical
+from stochastic_layers.categorical import draw_categorical, log_softmax, softmax
+from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
 
@@ -35,7 +36,7 @@ class _FlipLayer(StochasticLayer):
         q = self.law(params)
         draws = self.family.sample(q, self.num_samples)  # [K, *batch, out_features]
         if isinstance(self.family, CategoricalFamily):
-            log_probs = self.family.unflatten(params).log_softmax(-1)
+            log_probs = log_softmax(self.family.unflatten(params))
             flips, factors = self._category_flips(self.family.unflatten(draws), log_probs)
         else:
             flips, factors = self._bit_flips(draws, params)
@@ -169,7 +170,7 @@ class CoordinateFlip(_FlipLayer):
         current = draws.gather(-2, index).squeeze(-2)  # [K, *batch, C]
         log_prob = log_probs.expand(draws.shape).gather(-2, index).squeeze(-2)
         rest = log_prob.detach().masked_fill(current > 0, -torch.inf)
-        other = draw_categorical(rest.softmax(-1), 1).squeeze(0)
+        other = draw_categorical(softmax(rest), 1).squeeze(0)
         flips = torch.where(chosen.unsqueeze(-1) > 0, other.unsqueeze(-2), draws).flatten(-2)
         factors = rest.logsumexp(-1).exp() * (other * log_prob).sum(-1)
         return flips.unsqueeze(1), self.latent_dim * factors.unsqueeze(1)

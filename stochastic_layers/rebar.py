@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.control_variates import (
     RelativeVariance,
     cost_gradient,
@@ -17,6 +18,7 @@ from stochastic_layers.control_variates import (
 )
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, sum_rightmost
+from stochastic_layers.noise import log_exponential, logistic
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
 
@@ -36,32 +38,31 @@ def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Te
         or argmax, with their own noise and with noise drawn anew; the derivative of the latter by (log-softmax) logits.
     """
     params = params.detach()
-    noise = torch.empty(2, num_samples, *params.shape, dtype=params.dtype, device=params.device)
+    shape = (2, num_samples, *params.shape)
     if isinstance(family, CategoricalFamily):
-        logits = family.unflatten(params).log_softmax(-1)
-        log_exponential = family.unflatten(noise.exponential_().log_())
-        scores = logits - log_exponential[0]  # plus Gumbel noise
+        logits = log_softmax(family.unflatten(params))
+        noise = family.unflatten(log_exponential(shape, params))
+        scores = logits - noise[0]  # plus Gumbel noise
         hard = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
         # given its argmax, the maximum is a Gumbel variable of location logsumexp = 0 and the others stay below it
-        top = (hard * log_exponential[1]).sum(-1, keepdim=True)
-        other = log_exponential[1] - logits
+        top = (hard * noise[1]).sum(-1, keepdim=True)
+        other = noise[1] - logits
         anew = -torch.where(hard > 0, top, torch.logaddexp(other, top))
         slope = torch.where(hard > 0, 0.0, torch.sigmoid(other - top))
         return hard.flatten(-2), torch.stack([scores, anew]).flatten(-2), slope.flatten(-2)
-    tiny, eps = torch.finfo(noise.dtype).tiny, torch.finfo(noise.dtype).eps
-    logistic = noise.uniform_().clamp_(tiny, 1 - eps / 2).logit()
-    scores = params + logistic[0]
+    noise = logistic(shape, params)
+    scores = params + noise[0]
     hard = (scores > 0).to(params.dtype)
     sign = 2 * hard - 1
     # theta v + 1 - theta (or v (1 - theta)) in log space: finite for every logit
-    shifted = logistic[1] + F.softplus(sign * params)
+    shifted = noise[1] + F.softplus(sign * params)
     return hard, torch.stack([scores, sign * F.softplus(shifted)]), shifted.sigmoid() * torch.sigmoid(sign * params)
 
 
 def relax(family: Family, scores: Tensor, temperature: Tensor) -> Tensor:
     """Points inside the cube or the simplex: the tempered sigmoid or softmax of perturbed logits."""
     if isinstance(family, CategoricalFamily):
-        return family.unflatten(scores / temperature).softmax(-1).flatten(-2)
+        return softmax(family.unflatten(scores / temperature)).flatten(-2)
     return torch.sigmoid(scores / temperature)
 
 

@@ -8,8 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from stochastic_layers.auxiliary import with_value
+from stochastic_layers.categorical import one_hot, softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.noise import log_exponential, logistic
 from stochastic_layers.registry import register
 from stochastic_layers.simplex_maps import entmax15, sparsemax
 
@@ -22,12 +25,10 @@ def perturbed(family: Family, params: Tensor, num_samples: int) -> Tensor:
     Gumbel noise for a categorical family; its difference, which is logistic, for bits.
     """
     shape = (num_samples, *params.shape)
+    params = params.unsqueeze(0)  # for one sample nothing is expanded, and nothing to be summed in backward
     if isinstance(family, CategoricalFamily):
-        log_exponential = torch.empty(shape, dtype=params.dtype, device=params.device).exponential_().log_()
-        return family.unflatten(params - log_exponential)
-    u = torch.rand(shape, dtype=params.dtype, device=params.device)
-    u = u.clamp_(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2)
-    return params + u.logit_()
+        return family.unflatten(log_exponential(shape, params).neg_().add_(params))
+    return logistic(shape, params).add_(params)
 
 
 class TemperedLayer(StochasticLayer):
@@ -157,18 +158,19 @@ class GumbelSoftmax(TemperedLayer):
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
         scores = perturbed(self.family, params, self.num_samples)
-        tempered = scores / self.temperature.to(params.dtype)
         # hard draws come from the scores and not from the soft draw, whose largest entries may tie after rounding
         if isinstance(self.family, CategoricalFamily):
-            z = tempered.softmax(-1)
-            if self.hard:
-                index = scores.detach().argmax(-1, keepdim=True)
-                z = torch.zeros_like(z).scatter_(-1, index, 1.0) + (z - z.detach())  # in this order exactly one-hot
-            return self._sample(q, z.flatten(-2))
-        z = tempered.sigmoid()
-        if self.hard:
-            z = (scores.detach() > 0).to(z.dtype) + (z - z.detach())
-        return self._sample(q, z)
+            hard = one_hot(scores.detach().argmax(-1, keepdim=True), scores).flatten(-2) if self.hard else None
+            z = softmax(self._tempered(scores)).flatten(-2)
+        else:
+            hard = (scores.detach() > 0).to(scores.dtype) if self.hard else None
+            z = self._tempered(scores).sigmoid()
+        return self._sample(q, z if hard is None else with_value(hard, z))
+
+    def _tempered(self, scores: Tensor) -> Tensor:
+        """The scores over the temperature; in their own memory where no gradient asks for them."""
+        temperature = self.temperature.to(scores.dtype)
+        return scores / temperature if temperature.requires_grad else scores.div_(temperature)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hard={self.hard}"

@@ -73,11 +73,11 @@ class Reinforce(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        z = self.family.sample(q, self.num_samples)
+        z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
         context = (params if context is None else context).detach()
 
         def credit(cost: Tensor) -> Tensor:
-            log_prob = sum_rightmost(self.family.log_prob(q, z), cost.dim())  # [S, *lead]
+            log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
             value = cost.detach()
             if self.baseline is None:
                 return self._weighted(value, cost, log_prob).mean(0)
@@ -87,7 +87,7 @@ class Reinforce(StochasticLayer):
                 term = term + (prediction - value).square().mean(0)
             return term
 
-        return self._sample(q, z, credit=credit)
+        return self._sample(q, z, credit=credit, log_density=log_density)
 
     def _weighted(self, advantage: Tensor, cost: Tensor, log_prob: Tensor) -> Tensor:
         """The term ``[S, *lead]`` that carries the credit of each draw."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from stochastic_layers.auxiliary import with_value
+from stochastic_layers.categorical import draw_index, one_hot, softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
@@ -17,7 +21,7 @@ __all__ = ["DecoupledStraightThrough", "ReinMax", "StraightThrough", "probabilit
 def probabilities(family: Family, logits: Tensor) -> Tensor:
     """Sigmoid of the logits of bits, softmax of those of categories; ``[..., out_features]``."""
     if isinstance(family, CategoricalFamily):
-        return family.unflatten(logits).softmax(-1).flatten(-2)
+        return softmax(family.unflatten(logits)).flatten(-2)
     return torch.sigmoid(logits)
 
 
@@ -71,9 +75,8 @@ class StraightThrough(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        probs = probabilities(self.family, params)
         hard = self.family.sample(q, self.num_samples)
-        return self._sample(q, hard + (probs - probs.detach()))  # in this order the value is exactly hard
+        return self._sample(q, with_value(hard, q.mean.flatten(params.dim() - 1)))
 
 
 @register("decoupled_straight_through")
@@ -146,10 +149,26 @@ class DecoupledStraightThrough(TemperedLayer):
         q = self.law(params)
         hard = self.family.sample(q, self.num_samples)
         soft = probabilities(self.family, params / self.temperature.to(params.dtype))
-        return self._sample(q, hard + (soft - soft.detach()))
+        return self._sample(q, with_value(hard, soft))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sampling_temperature={self.sampling_temperature:g}"
+
+
+class _Heun(torch.autograd.Function):
+    """One-hot draws with the gradient ``2 J((p + z) / 2) - J(p) / 2`` of the logits, which counts as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, probs: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(probs, index)
+        return one_hot(index, probs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        probs, index = ctx.saved_tensors
+        # times g it is (p (g - z'g) + z (z'g - p'g)) / 2: few passes, since the terms in p p'g cancel
+        slope = (grad - grad.gather(-1, index)).mul_(probs).mul_(0.5)
+        return slope.scatter_add_(-1, index, -slope.sum(-1, keepdim=True)), None, None
 
 
 @register("reinmax")
@@ -213,15 +232,23 @@ class ReinMax(TemperedLayer):
         )
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.law(params)
+        q, temperature = self.law(params), self.temperature.to(params.dtype)
+        # reading the temperature would wait for a GPU, and cannot be done in a graph
+        simple = params.device.type == "cpu" and not torch.compiler.is_compiling() and bool(temperature == 1)
+        if simple and isinstance(self.family, CategoricalFamily):
+            probs = q.mean.detach()
+            index = draw_index(probs, self.num_samples)
+            logits = self.family.unflatten(params).expand(index.shape[:-1] + probs.shape[-1:])
+            z: Tensor = _Heun.apply(logits, probs, index)  # type: ignore[no-untyped-call]
+            return self._sample(q, z.flatten(-2))
         hard = self.family.sample(q, self.num_samples)
-        probs = probabilities(self.family, params)
+        probs = q.mean.flatten(params.dim() - 1)
         # 2 J(m) = 2 diag(m) - 2 m m' applied to a zero that carries the gradient of the logits; m = middle / 2
-        middle = hard + probabilities(self.family, params.detach() / self.temperature.to(params.dtype))
+        middle = hard + probabilities(self.family, params.detach() / temperature)
         zero = params - params.detach()
         if isinstance(self.family, CategoricalFamily):
             middle, zero = self.family.unflatten(middle), self.family.unflatten(zero)
             heun = (middle * (zero - 0.5 * (middle * zero).sum(-1, keepdim=True))).flatten(-2)
         else:
             heun = middle * (1 - 0.5 * middle) * zero
-        return self._sample(q, hard + (heun - 0.5 * (probs - probs.detach())))
+        return self._sample(q, with_value(hard, heun - 0.5 * probs))

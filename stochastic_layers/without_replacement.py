@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stochastic_layers.categorical import draw_index
 from stochastic_layers.exact import JointLayer
-from stochastic_layers.families import draw_categorical
 from stochastic_layers.layer import Sample
+from stochastic_layers.noise import log_exponential
 from stochastic_layers.registry import register
 
 __all__ = ["SumAndSample", "UnorderedSet", "log_set_probs"]
@@ -116,7 +117,7 @@ class SumAndSample(JointLayer):
 
     def _draw_rest(self, rest: Tensor) -> Tensor:
         """Outcome numbers ``[m, *batch]`` drawn from log-weights ``[*batch, N]`` of the rest."""
-        return draw_categorical(rest.softmax(-1), self.num_samples).argmax(-1)
+        return draw_index(rest.softmax(-1), self.num_samples).squeeze(-1)
 
 
 def log_set_probs(log_p: Tensor, log_rest: Tensor) -> Tensor:
@@ -256,4 +257,4 @@ class UnorderedSet(JointLayer):
 
     def _draw_set(self, joint: Tensor, k: int) -> Tensor:
         """Outcome numbers ``[k, *batch]`` in the order of sequential draws without replacement (Gumbel top-k)."""
-        return (joint - torch.empty_like(joint).exponential_().log_()).topk(k, -1).indices.movedim(-1, 0)
+        return (joint - log_exponential(joint.shape, joint)).topk(k, -1).indices.movedim(-1, 0)

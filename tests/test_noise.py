@@ -1,5 +1,7 @@
 """Noise: different on each rank, the same after resuming, undisturbed by evaluation."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -90,6 +92,7 @@ def test_ranks_draw_different_noise_unless_it_is_shared():
     class Rank:
         def __init__(self, rank):
             self.global_rank, self.current_epoch = rank, 0
+            self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
     def draw(rank, mode):
         ReproducibleNoise(seed=5, mode=mode).on_train_batch_start(Rank(rank), None, None, 0)

@@ -1,0 +1,159 @@
+"""The categorical law: exact draws by inversion, and a one-hot law that is normalised only when it is asked for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, OneHotCategorical
+from torch.distributions.utils import lazy_property
+
+__all__ = [
+    "draw_categorical",
+    "draw_index",
+    "log_prob_of_index",
+    "log_softmax",
+    "one_hot",
+    "one_hot_categorical",
+    "softmax",
+]
+
+ONE_LEVEL = 24  # categories up to which the cumulative sum runs over all of them at once
+VECTOR = 16  # numbers that a CPU works on at once
+
+
+def _few(scores: Tensor) -> bool:
+    """Whether torch's softmax would work on one number at a time: a row is shorter than a vector, on a CPU."""
+    return scores.shape[-1] < VECTOR and scores.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """``scores.softmax(-1)``; of few categories along another dimension, which takes a fifth of the time or less."""
+    return scores.movedim(-1, 0).softmax(0).movedim(0, -1).contiguous() if _few(scores) else scores.softmax(-1)
+
+
+def log_softmax(scores: Tensor) -> Tensor:
+    """``scores.log_softmax(-1)``; see :func:`softmax`."""
+    return scores.movedim(-1, 0).log_softmax(0).movedim(0, -1).contiguous() if _few(scores) else scores.log_softmax(-1)
+
+
+def draw_categorical(probs: Tensor, num_samples: int) -> Tensor:
+    """Exact one-hot draws: one or two uniforms per row instead of one Gumbel variable per category.
+
+    Args:
+        probs: Probabilities ``[..., C]``; rows need not be normalised.
+        num_samples: Number S of independent draws.
+
+    Returns:
+        One-hot vectors ``[S, ..., C]`` of the dtype of ``probs``. A category of probability zero is never drawn.
+    """
+    return one_hot(draw_index(probs, num_samples), probs)
+
+
+def draw_index(probs: Tensor, num_samples: int) -> Tensor:
+    """Exact draws of a category by inversion, in two levels where there are many: ``[S, ..., 1]``.
+
+    First a block of about sqrt(C) categories is drawn by its total, then a category of the block. So the cumulative
+    sums are short, and run in float64: a category keeps the relative accuracy of its probability, however small that
+    is and however many others there are. The work is one pass over ``probs``, and S times what a row needs.
+    """
+    probs = probs.detach()
+    count = probs.shape[-1]
+    if count <= ONE_LEVEL:
+        return _invert(probs, num_samples).movedim(-1, 0).unsqueeze(-1)
+    rows = math.isqrt(count)
+    # a divisor near the root leaves the blocks a view; else empty categories are appended
+    rows = next((n for n in range(rows, rows // 4, -1) if count % n == 0), rows)
+    if count % rows:
+        probs = torch.nn.functional.pad(probs, (0, -count % rows))
+    # [..., rows, columns]; a block is a column, which is added fastest
+    blocks = probs.reshape(*probs.shape[:-1], rows, probs.shape[-1] // rows)
+    column = _invert(blocks.sum(-2), num_samples)  # [..., S]
+    wide = column.unsqueeze(-2).expand(*column.shape[:-1], rows, num_samples)
+    row = _invert(blocks.gather(-1, wide).transpose(-1, -2), 1)  # [..., S, 1]
+    return (row * blocks.shape[-1] + column.unsqueeze(-1)).movedim(-2, 0)
+
+
+def _invert(weights: Tensor, num_samples: int) -> Tensor:
+    """Draws in proportion to ``weights [..., C]`` by inversion of the cumulative sum: ``[..., S]``."""
+    # mps has no float64
+    cdf = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1).unsqueeze(-2)
+    u = torch.rand(*cdf.shape[:-2], num_samples, 1, dtype=cdf.dtype, device=cdf.device)
+    # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
+    index: Tensor = (cdf <= u * cdf[..., -1:]).sum(-1)
+    return index
+
+
+def one_hot(index: Tensor, like: Tensor) -> Tensor:
+    """One-hot vectors ``[..., C]`` of ``index [..., 1]``, with C, dtype and device of ``like [..., C]``."""
+    zeros = torch.zeros(*index.shape[:-1], like.shape[-1], dtype=like.dtype, device=like.device)
+    return zeros.scatter_(-1, index, 1.0)
+
+
+class _LazyCategorical(Categorical):
+    """``Categorical(logits=scores)`` that takes the softmax, or its logarithm, when it is asked for."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = self._param = scores
+        self._num_events = scores.shape[-1]
+        Distribution.__init__(self, scores.shape[:-1], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _LazyCategorical:
+        return _LazyCategorical(self.scores.expand(*batch_shape, -1))
+
+    @lazy_property
+    def logits(self) -> Tensor:
+        return log_softmax(self.scores)
+
+    @lazy_property
+    def probs(self) -> Tensor:
+        return softmax(self.scores)
+
+
+class _LogProbOfIndex(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, probs: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(scores, probs, index)
+        return probs.gather(-1, index).log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        scores, probs, index = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient will itself be differentiated
+            probs = softmax(scores)
+        return (probs * -grad.sum(-1, keepdim=True)).scatter_add_(-1, index, grad), None, None
+
+
+def log_prob_of_index(q: OneHotCategorical, index: Tensor) -> Tensor:
+    r"""log q of categories that were drawn, ``[S, ...]``, with its gradient :math:`z - p`.
+
+    Its cost is that of rows, whatever S and C; backward takes one pass over the categories. What was drawn has a
+    probability far above the smallest number, so that its logarithm is finite.
+
+    Args:
+        q: A law that :func:`one_hot_categorical` made.
+        index: ``[S, ..., 1]``.
+    """
+    law = q._categorical
+    assert isinstance(law, _LazyCategorical)
+    scores, index = law.scores, index.squeeze(-1).movedim(0, -1)  # [..., S]
+    if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
+        return q.logits.gather(-1, index).movedim(-1, 0)
+    result: Tensor = _LogProbOfIndex.apply(scores, q.probs.detach(), index)  # type: ignore[no-untyped-call]
+    return result.movedim(-1, 0)
+
+
+def one_hot_categorical(logits: Tensor) -> OneHotCategorical:
+    """``OneHotCategorical(logits=logits)`` without torch's validation, and normalised only when it is asked for.
+
+    The validation costs a synchronisation with the device, fails on an empty batch, and has been done on params.
+
+    Args:
+        logits: ``[*batch, C]``, finite.
+    """
+    q = OneHotCategorical.__new__(OneHotCategorical)
+    q._categorical = _LazyCategorical(logits)
+    Distribution.__init__(q, logits.shape[:-1], logits.shape[-1:], validate_args=False)
+    return q

@@ -1,0 +1,45 @@
+"""Starting a job of several processes that cannot outlive its test."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**extra):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | extra
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(command, timeout, **extra):
+    """Run a command in a process group of its own; a hang ends with SIGKILL to all of it. Returns status and output."""
+    process = subprocess.Popen(
+        command,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a hanging collective does not react to SIGTERM
+        output, _ = process.communicate()
+        return "timeout", output
+
+
+def torchrun(script, *arguments, timeout, processes=2, **extra):
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    return run([*launcher, *address, str(script), *map(str, arguments)], timeout, **extra)
