@@ -1,4 +1,4 @@
-"""Options of layers against the annotations of their constructors: a value of another kind is named at once."""
+"""Options of layers against the annotations of their constructors: what no constructor should have to look for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from numbers import Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_options"]
+__all__ = ["check_kinds", "check_values"]
 
 LARGEST = 2**31 - 1  # no size of a layer is larger; torch and Python loops would answer in ways of their own
 
 
-def check_options(name: str, constructor: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_kinds(name: str, constructor: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Refuse options whose kind is not the annotated one; what has no annotation, or one of another kind, passes.
 
     Args:
@@ -22,20 +22,40 @@ def check_options(name: str, constructor: Callable[..., Any], options: Mapping[s
         options: Values by name.
 
     Raises:
-        ValueError: A value is of another kind, NaN, or an integer that no layer can use.
+        ValueError: A value is of another kind, or an integer that no layer can use.
     """
+    for option, hint in _hints(constructor).items():
+        if option in options and not _fits(options[option], hint):
+            value = options[option]
+            kind = str(hint) if get_origin(hint) else getattr(hint, "__name__", "")
+            raise ValueError(f"needed {option} of {name!r} as {kind}, got {value!r} ({type(value).__name__}).")
+
+
+def check_values(name: str, constructor: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse what the constructor, which knows better what to say, has let through: a word out of no list, and NaN.
+
+    Args:
+        name: Of the layer, for the message.
+        constructor: The layer's class.
+        options: Values by name.
+
+    Raises:
+        ValueError: A string that is none of the annotated ones, or NaN.
+    """
+    for option, hint in _hints(constructor).items():
+        value = options.get(option)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"needed a number as {option} of {name!r}, got nan.")
+        if option in options and get_origin(hint) is Literal and value not in get_args(hint):
+            *others, last = map(repr, get_args(hint))
+            raise ValueError(f"needed {option} of {name!r} out of {', '.join(others)} and {last}, got {value!r}.")
+
+
+def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
     try:
-        hints = get_type_hints(constructor.__init__)
+        return get_type_hints(constructor.__init__)
     except Exception:  # annotations of a foreign layer may name what cannot be resolved
-        return
-    for option, value in options.items():
-        if option not in hints or _fits(value, hints[option]):
-            continue
-        if get_origin(hints[option]) is Literal:
-            *others, last = map(repr, get_args(hints[option]))
-            raise ValueError(f"needed {option} {', '.join(others)} or {last}, got {value!r}; see {name!r}.")
-        kind = str(hints[option]) if get_origin(hints[option]) else getattr(hints[option], "__name__", "")
-        raise ValueError(f"needed {option} of {name!r} as {kind}, got {value!r} ({type(value).__name__}).")
+        return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -43,11 +63,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)
     if origin is Literal:
-        return isinstance(value, str | int | None) and value in args
+        return isinstance(value, str) or value in args
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+        return isinstance(value, Real) and not isinstance(value, bool)
     if origin is tuple and Ellipsis not in args:
         sequence = isinstance(value, tuple | list) and len(value) == len(args)
         return sequence and all(_fits(v, arg) for v, arg in zip(value, args, strict=True))

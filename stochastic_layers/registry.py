@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stochastic_layers.options import check_options
+from stochastic_layers.options import check_kinds, check_values
 
 if TYPE_CHECKING:
     from stochastic_layers.layer import StochasticLayer
@@ -163,8 +163,10 @@ def create(name: str, **options: Any) -> StochasticLayer:
     missing = [p for p, spec in parameters.items() if spec.default is spec.empty and p not in options]
     if missing:
         raise ValueError(f"needed the option {missing[0]!r} of {name!r}, got none; pass {missing[0]}=...")
-    check_options(name, cls, options)
-    return cls(**options)
+    check_kinds(name, cls, options)
+    layer = cls(**options)
+    check_values(name, cls, options)
+    return layer
 
 
 def list_layers(
