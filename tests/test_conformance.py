@@ -77,6 +77,11 @@ class WrongLawInTraining(Control):
         return super().draw(0.8 * params, context)
 
 
+class DetachedLaw(Control):  # the references, which are made of the same law, forget the gradient as well
+    def law(self, params):
+        return super().law(torch.cat([params[..., :1], params[..., 1:].detach()], -1))
+
+
 class GradientInEval(StraightThrough):
     families = ("bernoulli",)
 
@@ -222,6 +227,7 @@ CONTROLS = [
     (SoftEvalDraws, "draws in eval"),
     (WrongLawInEval, "draws in eval"),
     (WrongLawInTraining, "draws in training"),
+    (DetachedLaw, "density gradient"),
     (GradientInEval, "draws in eval"),
     (UndeclaredCostGradient, "black box cost"),
     (UndeclaredRelaxation, "support in training"),

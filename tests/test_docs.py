@@ -25,3 +25,21 @@ def test_table_of_layers_in_the_readme_is_the_registry():
     text = (ROOT / "README.md").read_text()
     table = re.search(r"<!-- layers:.*?-->\n(.*?)<!-- end of layers -->", text, re.S)[1].strip()
     assert table == capability_markdown().strip(), "paste the output of `stochastic-layers list --markdown`"
+
+
+def anchor(heading):
+    """The fragment that renderers of Markdown give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, fragment = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}, which does not exist"
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            assert fragment in map(anchor, headings), f"{page.name} links to {target}, but there is no such heading"

@@ -40,6 +40,7 @@ _QUICK: tuple[Check, ...] = (
     laws.draws_in_training,
     laws.support_in_training,
     laws.mode_of_q,
+    laws.density_gradient,
     honesty.black_box_cost,
     honesty.shifted_cost,
     honesty.outside_capture,

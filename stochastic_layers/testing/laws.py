@@ -13,11 +13,12 @@ from stochastic_layers.testing.contract import expect
 from stochastic_layers.testing.exact import enumerate_outcomes
 from stochastic_layers.testing.subject import NotApplicable, Subject, step
 
-__all__ = ["describe_law", "draws_in_eval", "draws_in_training", "mode_of_q", "support_in_training"]
+__all__ = ["density_gradient", "describe_law", "draws_in_eval", "draws_in_training", "mode_of_q", "support_in_training"]
 
 NUM_DRAWS = 40_000
 NUM_DRAWS_OF_MOMENTS = 8_000  # where there are no outcomes to count
 FALSE_ALARM = 1e-6
+SLOPES = 32
 MAX_OUTCOMES = 256
 
 
@@ -180,3 +181,33 @@ def mode_of_q(subject: Subject) -> str:
         reached = float(layer.family.log_prob(q, mode.unsqueeze(0)))
     expect(reached >= highest - 1e-9, f"log q(mode) is {reached:.4g}, another outcome has {highest:.4g}")
     return f"log q = {reached:.3g}"
+
+
+def density_gradient(subject: Subject) -> str:
+    """The derivative of log q(z) by params is that of finite differences: no part of the law is detached.
+
+    The references of the other checks are made of q; a law that forgot a derivative would make them forget it too.
+    """
+    layer, params = subject.build(), subject.params(SLOPES)
+    if layer.family.name == "quantized":
+        raise NotApplicable("a point mass has no density")
+    z = layer.family.sample(layer.distribution(params), 1)  # points that do not move with params
+    direction = torch.randn_like(params)
+
+    def log_prob(shift: float) -> Tensor:
+        return layer.family.log_prob(layer.distribution(params + shift * direction), z).squeeze(0)
+
+    leaf = params.clone().requires_grad_()
+    value = layer.family.log_prob(layer.distribution(leaf), z).sum()
+    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True) if value.requires_grad else (None,)
+    slope = torch.zeros_like(params) if gradient is None else gradient
+    step = 1e-5
+    with torch.no_grad():
+        difference = (log_prob(step) - log_prob(-step)) / (2 * step)
+    exact = (slope * direction).sum(-1)
+    expect(
+        torch.allclose(exact, difference, rtol=1e-4, atol=1e-4),
+        f"d log q(z) is {exact.tolist()} by autograd and {difference.tolist()} by finite differences; is a part of "
+        "params detached in law()?",
+    )
+    return f"finite differences agree at {SLOPES} draws"
