@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import multiprocessing
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,6 +29,7 @@ def certify(
     family: str | None = None,
     quick: bool = False,
     backend: str = "aot_eager",
+    jobs: int = 1,
     progress: Progress | None = None,
 ) -> list[Certificate]:
     """The certificates of registered layers, with every family that they accept.
@@ -33,11 +39,14 @@ def certify(
         family: Only this family.
         quick: Leave out compilation and the means of the gradients.
         backend: Backend for the check of ``torch.compile``.
+        jobs: Number of processes, which share the threads of this one. Certificates do not depend on it.
         progress: A progress bar to advance.
 
     Raises:
-        ValueError: Unknown name or family, or no layer of these accepts it.
+        ValueError: Unknown name or family, or no layer of these accepts it, or ``jobs < 1``.
     """
+    if jobs < 1:
+        raise ValueError(f"needed jobs >= 1, got {jobs}.")
     known = sl.list_layers(family=family)
     chosen = list(names) or known
     pairs = [(name, f) for name in chosen for f in sl.describe(name).families if family in (None, f)]
@@ -45,13 +54,33 @@ def certify(
         raise ValueError(f"needed layers of the family {family!r}, got {chosen}; valid ones: {', '.join(known)}.")
     task = progress.add_task("", total=len(pairs)) if progress else None
     certificates = []
-    for name, law in pairs:
-        if progress and task is not None:
-            progress.update(task, description=f"{name} ({law})")
-        certificates.append(check_layer(name, family=law, quick=quick, backend=backend))
-        if progress and task is not None:
-            progress.advance(task)
+    with contextlib.closing(_certificates(pairs, partial(_certificate, quick=quick, backend=backend), jobs)) as found:
+        for (name, law), certificate in zip(pairs, found, strict=True):
+            certificates.append(certificate)
+            if progress and task is not None:
+                progress.update(task, advance=1, description=f"{name} ({law})")
     return certificates
+
+
+def _certificate(pair: tuple[str, str], *, quick: bool, backend: str) -> Certificate:
+    name, family = pair
+    return check_layer(name, family=family, quick=quick, backend=backend)
+
+
+def _certificates(
+    pairs: Sequence[tuple[str, str]], certificate: partial[Certificate], jobs: int
+) -> Generator[Certificate, None, None]:
+    """One certificate after the other, in order."""
+    if jobs == 1:
+        yield from map(certificate, pairs)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")  # a fork of a process whose threads run may hang
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        try:
+            yield from pool.map(certificate, pairs)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an interrupt
 
 
 def _row(certificate: Certificate) -> tuple[str, ...]:
@@ -124,6 +153,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--family", help="only this distribution family")
     parser.add_argument("--quick", action="store_true", help="leave out compilation and the means of the gradients")
     parser.add_argument("--compile", default="aot_eager", metavar="BACKEND", help="of torch.compile (aot_eager)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of processes (1)")
     parser.add_argument("--markdown", action="store_true", help="print the page docs/certificates.md")
     parser.add_argument("--verbose", action="store_true", help="print every row of every certificate")
     options = parser.parse_args(list(args))
@@ -134,6 +164,7 @@ def main(args: Sequence[str]) -> int:
             family=options.family,
             quick=options.quick,
             backend=options.compile,
+            jobs=options.jobs,
             progress=progress,
         )
     failed = [certificate for certificate in certificates if not certificate.passed]

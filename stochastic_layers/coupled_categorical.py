@@ -53,7 +53,9 @@ class CARMS(StochasticLayer):
 
     The K draws break sticks with uniforms of a Dirichlet copula, the rarest category first, so that they repeat each
     other less than independent draws, and the weight is less than 2. Unbiased for any cost. Every draw is exact, and
-    all enter the value and the decoder's gradient. With two categories it is ARMS.
+    all enter the value and the decoder's gradient. With two categories it is ARMS, with two draws the
+    importance-weighted DisARM of Dong et al. (2021). Each latent variable has the weight of its own pairs: a product
+    over the latents would be biased, as two draws never agree on a rare category.
 
     Args:
         latent_dim: Number of latent variables.
@@ -66,7 +68,8 @@ class CARMS(StochasticLayer):
 
     References:
         CARMS: Categorical-Antithetic-REINFORCE Multi-Sample Gradient Estimator (Alek Dimitriev, Mingyuan Zhou, 2021),
-        https://arxiv.org/abs/2110.14002
+        https://arxiv.org/abs/2110.14002; Coupled Gradient Estimators for Discrete Latent Variables (Zhe Dong, Andriy
+        Mnih, George Tucker, 2021), https://arxiv.org/abs/2106.08056
 
     Example:
         >>> import torch, stochastic_layers as sl

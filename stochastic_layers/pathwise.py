@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
-from stochastic_layers import continuous_families as _continuous_families  # noqa: F401 registers the families
+from stochastic_layers import constrained_families as _constrained_families  # noqa: F401 registers the families
+from stochastic_layers import continuous_families as _continuous_families  # noqa: F401
+from stochastic_layers import gaussian_families as _gaussian_families  # noqa: F401
 from stochastic_layers.distributions import open_unit_interval
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
@@ -37,7 +39,7 @@ class Pathwise(StochasticLayer):
         latent_dim: Number of latent variables (of ``dirichlet``: of points of a simplex; of ``power_spherical``:
             dimension of the space around the sphere).
         family: Name of a continuous family, or ``{"name": "gaussian_low_rank", "rank": 4}``. See
-            :mod:`stochastic_layers.continuous_families` for the params of each.
+            :mod:`stochastic_layers.continuous_families` for where the params of each are described.
         num_categories: Size of the simplex of ``dirichlet``.
         num_samples: Number S of draws per example.
 

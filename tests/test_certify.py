@@ -52,6 +52,16 @@ def test_certify_knows_layers_and_families(capsys):
     assert "needed layers of the family 'bernoulli'" in run("gaussian", "--family", "bernoulli")
 
 
+@pytest.mark.ddp
+def test_several_processes_give_the_same_certificates():
+    names = ["straight_through", "arm", "reinmax"]
+    assert certify.certify(names, quick=True, jobs=2) == certify.certify(names, quick=True)
+
+
+def test_no_processes_are_refused():
+    assert "needed jobs >= 1, got 0" in run("arm", "--jobs", "0")
+
+
 def test_the_markdown_page_has_a_row_for_each_layer_and_family():
     certificates = certify.certify(["reinforce", "gaussian"], quick=True)
     page = certify.certificate_markdown(certificates)

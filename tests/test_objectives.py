@@ -1,86 +1,17 @@
-"""Objectives against exact gradients by enumeration of all K-tuples and by quadrature; what they refuse and log."""
+"""The importance-weighted bound against its exact gradients; what objectives refuse and log."""
 
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from gradients_of_models import check_gradients, exact_gradients
+from objective_models import bound, discrete_model, enumerated, gaussian_model, integrated, log_joint, sampled
 
 import stochastic_layers as sl
 from lightning_modules import ELBO, IWAE, RWS, TVO, VAE, Renyi, Terms
 from lightning_modules.cli import main
 from stochastic_layers.testing import enumerate_outcomes
-
-LINEAR = {"name": "mlp", "hidden_features": []}
-
-
-def discrete_model(objective, num_samples, layer="reinforce", **options):
-    torch.manual_seed(3)
-    options = {"latent_dim": 2, "num_samples": num_samples, **options}
-    model = VAE(layer, options, encoder=LINEAR, decoder=LINEAR, prior="learned", objective=objective, data_shape=(3,))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    return model.double(), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-
-
-def gaussian_model(objective, num_samples, layer="gaussian", prior="learned"):
-    torch.manual_seed(4)
-    options = {"latent_dim": 1, "num_samples": num_samples, **({"family": "gaussian"} if layer != "gaussian" else {})}
-    likelihood = {"name": "gaussian", "initial_scale": 1.0}
-    model = VAE(
-        layer, options, encoder=LINEAR, decoder=LINEAR, prior=prior, likelihood=likelihood, objective=objective,
-        data_shape=(2,),
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.5 * torch.randn_like(parameter))
-        if prior == "learned":
-            model.prior.params.copy_(torch.tensor([0.4, 0.2]))
-    return model.double(), torch.tensor([1.2, -0.7], dtype=torch.float64)
-
-
-def log_joint(model, x, z):
-    """log p(x, z) ``[N]`` of points z ``[N, out_features]`` and one example x."""
-    log_prior = model.layer.family.log_prob(model.prior(x.device), z)
-    return log_prior + model.log_likelihood(z.unsqueeze(1), x.unsqueeze(0)).squeeze(1)
-
-
-def tuples(model, x, k):
-    """Probability ``[T]``, log-weights, log q and log p ``[T, K]`` of every K-tuple of outcomes."""
-    z = enumerate_outcomes(model.layer)
-    log_q = model.layer.family.log_prob(model.layer.distribution(model.encode(x.unsqueeze(0))), z)
-    log_p = log_joint(model, x, z)
-    index = torch.tensor(list(itertools.product(range(len(z)), repeat=k)))
-    return log_q[index].sum(1).exp(), (log_p - log_q)[index], log_q[index], log_p[index]
-
-
-def bound(log_weights):
-    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
-
-
-def renyi(log_weights, alpha):
-    return bound((1 - alpha) * log_weights) / (1 - alpha)
-
-
-def enumerated(model, x, k, value=bound):
-    probability, log_weights, *_ = tuples(model, x, k)
-    return exact_gradients(model, -(probability * value(log_weights)).sum())
-
-
-def integrated(model, x, k, nodes, value=bound):
-    """The same for one Gaussian variable, by a product of Gauss-Hermite rules; tuples count up to their order."""
-    points, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
-    q = model.layer.distribution(model.encode(x.unsqueeze(0)))
-    z = q.mean + q.stddev * points.unsqueeze(-1)
-    log_weights = log_joint(model, x, z) - model.layer.family.log_prob(q, z)
-    index = torch.tensor(list(itertools.combinations_with_replacement(range(nodes), k)))
-    counts = torch.nn.functional.one_hot(index, nodes).sum(1).double()
-    orders = (math.lgamma(k + 1) - (counts + 1).lgamma().sum(1)).exp()
-    probability = (weights / math.sqrt(2 * math.pi))[index].prod(1) * orders
-    return exact_gradients(model, -(probability * value(log_weights[index])).sum())
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -262,103 +193,6 @@ def test_sticking_the_landing_is_silent_where_q_is_the_posterior():
     assert model.gradient_statistics(x.unsqueeze(0)).total_variance < 1e-24
     model.objective = IWAE("pathwise")
     assert model.gradient_statistics(x.unsqueeze(0)).total_variance > 0.01
-
-
-@pytest.mark.parametrize("alpha", [-0.5, 0.5, 1.0, 2.0])
-def test_gradients_of_the_renyi_bound_are_exact_in_the_mean(alpha):
-    def value(log_weights):
-        return log_weights.mean(-1) if alpha == 1 else renyi(log_weights, alpha)
-
-    model, x = discrete_model(Renyi(alpha, "vimco"), 2)
-    check_gradients(model, x, enumerated(model, x, 2, value))
-    model, x = gaussian_model(Renyi(alpha), 2)
-    check_gradients(model, x, integrated(model, x, 2, 60, value))
-
-
-def sampled(model, x, objective, seed=0):
-    """Loss and gradient of an objective on the draws of one seed."""
-    model.objective = objective
-    torch.manual_seed(seed)
-    loss = model.loss(model.terms(x.expand(5, *x.shape)))
-    gradient = torch.autograd.grad(loss.sum(), [*model.encoder.parameters(), *model.decoder.parameters()])
-    return loss.detach(), torch.cat([g.flatten() for g in gradient])
-
-
-def test_renyi_bounds_run_from_the_importance_weighted_bound_to_the_elbo_and_below():
-    model, x = gaussian_model("elbo", 4)
-    for a, b in zip(sampled(model, x, Renyi(0.0)), sampled(model, x, IWAE()), strict=True):
-        torch.testing.assert_close(a, b)
-    for a, b in zip(sampled(model, x, Renyi(1 - 1e-7)), sampled(model, x, Renyi(1.0)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    log_weights = model.terms(x.expand(5, 2)).log_weights.detach()
-    torch.testing.assert_close(-sampled(model, x, Renyi(1.0))[0], _fresh(model, x).mean(0))
-    values = [-sampled(model, x, Renyi(alpha))[0] for alpha in (-1.0, 0.0, 0.5, 1.0, 3.0)]
-    assert log_weights.shape == (4, 5)
-    assert all(bool((a > b).all()) for a, b in itertools.pairwise(values))
-
-
-def _fresh(model, x):
-    torch.manual_seed(0)
-    return model.terms(x.expand(5, *x.shape)).log_weights.detach()
-
-
-def test_wake_phi_gradient_is_that_of_the_self_normalised_weights():
-    model, x = discrete_model("rws", 3)
-    probability, log_weights, log_q, log_p = tuples(model, x, 3)
-    weights = log_weights.softmax(-1).detach()
-    follows = ((weights * log_q).sum(-1) + (weights * log_p).sum(-1)) * probability.detach()
-    check_gradients(model, x, exact_gradients(model, -follows.sum()))
-
-
-def test_model_under_wake_sleep_follows_the_importance_weighted_bound():
-    model, x = discrete_model("rws", 2)
-    check_gradients(model, x, enumerated(model, x, 2), only=["p"])
-
-
-def test_thermodynamic_objective_of_one_partition_is_the_elbo():
-    model, x = discrete_model(TVO(partitions=1), 2)
-    check_gradients(model, x, enumerated(model, x, 1))
-
-
-@pytest.mark.parametrize("k", [2, 16])
-def test_thermodynamic_objective_lies_between_elbo_and_log_evidence_and_rises_with_partitions(k):
-    model, x = discrete_model("elbo", k)
-    elbo, iwae = -sampled(model, x, TVO(1))[0], _fresh(model, x).logsumexp(0) - math.log(k)
-    coarse, fine = (-sampled(model, x, TVO(p, 0.01))[0] for p in (3, 300))
-    assert bool((elbo <= coarse + 1e-9).all() and (coarse <= fine + 1e-9).all() and (fine <= iwae + 1e-9).all())
-    assert bool((elbo < iwae - 0.01).any())  # draws that differ
-    torch.testing.assert_close(fine, iwae, rtol=0, atol=0.1)
-
-
-def test_thermodynamic_gradient_tends_to_the_exact_one():
-    """On a sample that holds every outcome in proportion to q, expectations are exact but for K / (K - 1)."""
-    model, x = discrete_model(TVO(3, 0.2), 2)
-    with torch.no_grad():  # q(z) = 1/4, 3/4 for each bit
-        model.encoder[1].weight.zero_()
-        model.encoder[1].bias.copy_(torch.tensor([3.0, 1 / 3], dtype=torch.float64).log())
-    family, params = model.layer.family, model.encode(x.unsqueeze(0))
-    outcomes = enumerate_outcomes(model.layer)
-    q = model.layer.distribution(params)
-    probability = family.log_prob(q, outcomes.unsqueeze(1)).exp().squeeze(1)
-    log_weights = log_joint(model, x, outcomes) - probability.log()
-    exact = 0.0
-    ends = model.objective.betas()
-    for beta, end in itertools.pairwise(ends):
-        pi = (probability.log() + beta * log_weights).softmax(0)
-        exact = exact + (end - beta) * (pi * log_weights).sum()
-    expected, exact = exact_gradients(model, -exact), exact.detach()
-
-    copies = (probability.detach() * 16 * 2000).round().long()
-    z = outcomes.repeat_interleave(copies, 0).unsqueeze(1)
-    params = model.encode(x.unsqueeze(0))
-    log_q = family.log_prob(model.layer.distribution(params), z)
-    log_prior = family.log_prob(model.prior(x.device), z)
-    sample = model.layer.sample(params)
-    loss = model.loss(Terms(sample, model.log_likelihood(z, x.unsqueeze(0)), log_prior, log_q, None, z)).sum()
-    torch.testing.assert_close(loss.detach(), -exact, rtol=1e-9, atol=1e-9)
-    got = exact_gradients(model, loss)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("gradient", ["dreg", "vimco", "ovis"])

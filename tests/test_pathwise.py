@@ -7,9 +7,9 @@ import torch
 from torch.distributions import Independent, kl_divergence
 
 import stochastic_layers as sl
-from stochastic_layers.continuous_families import LowRankGaussianFamily
 from stochastic_layers.diagnostics import gradient_statistics
 from stochastic_layers.families import create_family
+from stochastic_layers.gaussian_families import LowRankGaussianFamily
 from stochastic_layers.testing import PolynomialCost, check_mean, exact_value
 
 stats = pytest.importorskip("scipy.stats")

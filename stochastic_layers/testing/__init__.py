@@ -3,7 +3,7 @@
 from stochastic_layers.testing.certificate import Certificate, Row
 from stochastic_layers.testing.conformance import CHECKS, check_layer
 from stochastic_layers.testing.exact import COSTS, PolynomialCost, check_law, enumerate_outcomes, exact_value
-from stochastic_layers.testing.moments import Moments, check_mean, measure, measure_all
+from stochastic_layers.testing.moments import Moments, Reference, check_mean, measure, measure_all, references
 
 __all__ = [
     "CHECKS",
@@ -11,6 +11,7 @@ __all__ = [
     "Certificate",
     "Moments",
     "PolynomialCost",
+    "Reference",
     "Row",
     "check_law",
     "check_layer",
@@ -19,4 +20,5 @@ __all__ = [
     "exact_value",
     "measure",
     "measure_all",
+    "references",
 ]

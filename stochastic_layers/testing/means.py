@@ -13,7 +13,7 @@ from stochastic_layers.point_mass import QuantizedFamily
 from stochastic_layers.testing.certificate import Row
 from stochastic_layers.testing.exact import COSTS, PolynomialCost, exact_value
 from stochastic_layers.testing.honesty import SummedCost
-from stochastic_layers.testing.moments import QUANTITIES, Expectation, Moments, measure_all
+from stochastic_layers.testing.moments import QUANTITIES, Expectation, Moments, measure_all, references
 from stochastic_layers.testing.subject import NotApplicable, Subject
 
 __all__ = ["gradients"]
@@ -93,6 +93,7 @@ def _rows(
     refinable = subject.expectation is exact_value  # what a finer rule changes is the error of the reference
     expectation = _summed(_refined if refinable else subject.expectation)
     coarse = _summed(exact_value) if refinable else None
+    exact = references(layer, params, cost_fn, expectation=expectation, coarse=coarse)
 
     def run(num_draws: int) -> dict[str, Moments]:
         return measure_all(
@@ -101,8 +102,7 @@ def _rows(
             cost_fn,
             num_draws=num_draws,
             chunk_size=max(500, 2 * PILOT_DRAWS // points),
-            expectation=expectation,
-            coarse=coarse,
+            exact=exact,
         )
 
     found = run(PILOT_DRAWS)

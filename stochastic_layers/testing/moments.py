@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,23 @@ from torch import Tensor, nn
 from stochastic_layers.layer import StochasticLayer
 from stochastic_layers.testing.exact import exact_value
 
-__all__ = ["QUANTITIES", "Expectation", "Moments", "check_mean", "measure", "measure_all"]
+__all__ = ["QUANTITIES", "Expectation", "Moments", "Reference", "check_mean", "measure", "measure_all", "references"]
 
 QUANTITIES = ("encoder", "decoder", "value")
 Expectation = Callable[[StochasticLayer, Tensor, nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a quantity is in truth.
+
+    Attributes:
+        value: The exact gradient, or value.
+        error: Its estimated error per coordinate, where it is a numerical integral.
+    """
+
+    value: Tensor
+    error: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,7 @@ def measure_all(
     of: Sequence[str] = QUANTITIES,
     context: Tensor | None = None,
     chunk_size: int = 20_000,
-    expectation: Expectation | None = None,
-    coarse: Expectation | None = None,
+    exact: Mapping[str, Reference] | None = None,
 ) -> dict[str, Moments]:
     """As :func:`measure`, for several of ``"encoder"``, ``"decoder"`` and ``"value"`` from the same draws.
 
@@ -111,15 +123,11 @@ def measure_all(
         of: The quantities.
         context: Context for a learned baseline ``[*batch, F]``.
         chunk_size: Draws in one batched pass.
-        expectation: What computes E_q[cost], differentiable in params and theta; by default :func:`exact_value`.
-        coarse: The same less exactly: what it differs by is taken for the error of the exact values.
+        exact: What to compare with, as :func:`references` computes it, which is also the default.
     """
-    exact = _exact(layer, params, cost_fn, of, expectation or exact_value)
-    errors: dict[str, Tensor | None] = dict.fromkeys(of)
-    if coarse is not None:
-        rough = _exact(layer, params, cost_fn, of, coarse)
-        errors = {name: (exact[name] - rough[name]).abs() for name in of}
-    running = {name: _Running(exact[name], errors[name]) for name in of}
+    if exact is None:
+        exact = references(layer, params, cost_fn, of=of)
+    running = {name: _Running(exact[name].value, exact[name].error) for name in of}
     theta = next(cost_fn.parameters())
     count = 0
     while count < num_draws:
@@ -144,6 +152,32 @@ def measure_all(
             running[name].update(found[name])
         count += draws
     return {name: running[name].moments() for name in of}
+
+
+def references(
+    layer: StochasticLayer,
+    params: Tensor,
+    cost_fn: nn.Module,
+    *,
+    of: Sequence[str] = QUANTITIES,
+    expectation: Expectation = exact_value,
+    coarse: Expectation | None = None,
+) -> dict[str, Reference]:
+    """What the mean of a layer's gradients and value should be; for :func:`measure_all`, as often as it is called.
+
+    Args:
+        layer: The layer.
+        params: ``[*batch, in_features]`` in float64.
+        cost_fn: A module of z; its parameter ``theta`` plays the decoder.
+        of: The quantities.
+        expectation: What computes E_q[cost], differentiable in params and theta.
+        coarse: The same less exactly: what it differs by is taken for the error of the exact values.
+    """
+    exact = _exact(layer, params, cost_fn, of, expectation)
+    if coarse is None:
+        return {name: Reference(exact[name]) for name in of}
+    rough = _exact(layer, params, cost_fn, of, coarse)
+    return {name: Reference(exact[name], (exact[name] - rough[name]).abs()) for name in of}
 
 
 def _exact(
@@ -222,12 +256,17 @@ def check_mean(
     Raises:
         AssertionError: The mean is off, or the power is not reached within ``max_draws``.
     """
-    pilot = measure(layer, params, cost_fn, num_draws=20_000, of=of, context=context)
+    exact = references(layer, params, cost_fn, of=(of,))
+
+    def run(num_draws: int) -> Moments:
+        return measure_all(layer, params, cost_fn, num_draws=num_draws, of=(of,), context=context, exact=exact)[of]
+
+    pilot = run(20_000)
     error = pilot.projection[1]
     if math.isfinite(error):
         needed = int(pilot.num_draws * (8 * error / visible_bias) ** 2 * 1.2) + 20_000
         assert needed <= max_draws, f"a bias of {visible_bias:g} would need {needed} draws, more than {max_draws}"
-        result = measure(layer, params, cost_fn, num_draws=needed, of=of, context=context)
+        result = run(needed)
     else:  # the exact gradient is zero: any mean counts
         result = pilot
     assert result.largest_z < 5, (

@@ -1,0 +1,115 @@
+"""Gaussian families with a covariance: any, or diagonal plus low rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, LowRankMultivariateNormal, MultivariateNormal
+
+from stochastic_layers.continuous_families import ContinuousFamily, standard_normal
+from stochastic_layers.families import MAX_LOG_VARIANCE, gaussian_nodes, register_family
+
+__all__ = ["FullGaussianFamily", "LowRankGaussianFamily"]
+
+
+class _MultivariateGaussian(ContinuousFamily):
+    """Gaussians with a covariance."""
+
+    limits: ClassVar[Mapping[str, float]] = {"log_variance": MAX_LOG_VARIANCE}
+
+    @property
+    def in_features(self) -> int:
+        return sum(self.part_sizes)
+
+    def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
+        if not z.numel():  # torch divides by the size of the batch
+            return (z - q.mean).sum(-1)
+        return super().log_prob(q, z)
+
+    def mode(self, q: Distribution) -> Tensor:
+        return q.mean
+
+    def grid(self, q: Distribution, step: float) -> tuple[Tensor, Tensor]:
+        """Nodes of the present law, exact for polynomials; volumes are relative to its density."""
+        mean = q.mean.detach()
+        x, weights = gaussian_nodes(mean, 8 if step > 0.05 else 12)
+        factor = torch.linalg.cholesky(getattr(q, "covariance_matrix").detach())  # noqa: B009 of both kinds of law
+        z = mean + torch.einsum("...ij,n...j->n...i", factor, x)
+        return z, weights.log() - self.log_prob(q, z)
+
+    def standard(self) -> Distribution:
+        """The standard normal."""
+        return standard_normal(self.latent_dim)
+
+
+@register_family
+class FullGaussianFamily(_MultivariateGaussian):
+    r"""Gaussian with any covariance; with zeros in the last part it is the diagonal Gaussian of the first two.
+
+    Params are the loc, the log-variance :math:`v` and the strict lower triangle of the Cholesky factor L, row by row;
+    the diagonal of L is :math:`e^{v/2}`. With a loc of D numbers they are ``2 D + D (D - 1) / 2`` in all. Where the
+    triangle is many orders of magnitude above the diagonal, L cannot be inverted in float32 and log q is infinite; the
+    draws and their gradient are not touched by that.
+    """
+
+    name = "gaussian_full"
+    parts = ("loc", "log_variance", "lower_triangle")
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        return self.latent_dim, self.latent_dim, self.latent_dim * (self.latent_dim - 1) // 2
+
+    def distribution(self, params: Tensor) -> Distribution:
+        loc, log_variance, lower = self.split(params)
+        factor = torch.diag_embed((0.5 * log_variance).exp())
+        rows, columns = torch.tril_indices(self.latent_dim, self.latent_dim, -1, device=params.device)
+        index = (rows * self.latent_dim + columns).expand(lower.shape)
+        factor = factor.flatten(-2).scatter(-1, index, lower).reshape(factor.shape)
+        return MultivariateNormal(loc, scale_tril=factor, validate_args=False)
+
+
+@register_family
+class LowRankGaussianFamily(_MultivariateGaussian):
+    """Gaussian whose covariance is diagonal plus low rank: ``diag(exp(log_variance)) + W W^T``.
+
+    Params are the loc, the log-variance and W ``[latent_dim, rank]``, row by row. Choose the rank by
+    ``family={"name": "gaussian_low_rank", "rank": 4}``.
+
+    Args:
+        latent_dim: Number of latent variables.
+        num_categories: None.
+        rank: Number of columns of W.
+    """
+
+    name = "gaussian_low_rank"
+    parts = ("loc", "log_variance", "factor")
+
+    def __init__(self, latent_dim: int, num_categories: int | None = None, *, rank: int = 1) -> None:
+        super().__init__(latent_dim, num_categories)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"needed rank >= 1, got {rank!r}; 1 to 10 is usual, 'gaussian_full' has no limit.")
+        self.rank = rank
+
+    def check(self, params: Tensor, low: float, high: float) -> None:
+        super().check(params, low, high)
+        if low < -30 or high > 1000:  # cheap: the exact look is needed only then
+            _, log_variance, factor = self.split(params)
+            reach = 2 * float(factor.abs().max().log()) - float(log_variance.min()) + math.log(self.latent_dim)
+            if reach > MAX_LOG_VARIANCE:
+                raise ValueError(
+                    f"needed factor^2 / variance below exp({MAX_LOG_VARIANCE:g}) for family {self.name!r}, got "
+                    f"exp({reach:.3g}): the inverse covariance overflows in float32; clamp the log-variance."
+                )
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        return self.latent_dim, self.latent_dim, self.latent_dim * self.rank
+
+    def distribution(self, params: Tensor) -> Distribution:
+        loc, log_variance, factor = self.split(params)
+        factor = factor.reshape(*factor.shape[:-1], self.latent_dim, self.rank)
+        return LowRankMultivariateNormal(loc, factor, log_variance.exp(), validate_args=False)
