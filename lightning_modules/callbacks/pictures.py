@@ -254,7 +254,9 @@ def _scheduled(model: LatentVariableModel[Any]) -> dict[str, float]:
     for number, layer in enumerate(layers, 1):
         temperature: Any = getattr(layer, "temperature", None)
         if temperature is not None:
-            values["temperature" if len(layers) == 1 else f"temperature of layer {number}"] = float(temperature)
+            values["temperature" if len(layers) == 1 else f"temperature of layer {number}"] = float(
+                torch.as_tensor(temperature).detach()
+            )
     if isinstance(model.objective, ELBO):
         values["beta"] = model.objective.weight(model.global_step)
     return values
