@@ -57,7 +57,7 @@ def on_two_hosts(names, folder, dying_rank, step):
     processes = []
     for number, name in enumerate(names):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}", "--max-restarts=3"]
+        command += ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}", "--max-restarts=20"]
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=10.203.7.1:29777", f"--local-addr=10.203.7.{number + 1}"]
         # torchrun looks the first host up by its name, which a namespace shares with the machine
         command += [f"--rdzv-conf=is_host={int(number == 0)}"]
