@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 import stochastic_layers as sl
@@ -380,11 +381,13 @@ def test_pictures_are_drawn_and_name_every_layer(tmp_path):
 def test_w_and_b_gets_the_table_and_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.finish()  # a logger takes up the run of the process, and an earlier test may have left one
     result = some_result({"a": [-20.0, -21.0], "b": [None, -30.0]})
     words = ["--trainer.logger=WandbLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.offline=true"]
     found = loggers(parse(args=words))
     assert [type(logger) for logger in found] == [WandbLogger]
     publish(result, [p for p in plots.draw(result, tmp_path / "plots") if p.stem.endswith("dots")], found)
+    wandb.finish()  # until its files are written
     media = [p.name for p in (tmp_path / "wandb").rglob("media/**/*") if p.is_file()]
     assert any(n.startswith("runs_") for n in media) and any(n.startswith("curves_") for n in media)
     assert any(n.startswith("training-dots_") for n in media)

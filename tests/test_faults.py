@@ -25,6 +25,7 @@ def test_the_published_campaign_has_200_trials_and_every_fault_and_no_problem(re
     assert all(t["lost"] <= record["interval"] for t in trials)
     assert {t["fault"] for t in trials} >= {"kill", "kill_saving", "rank_lost", "sigterm", "nan", "truncated"}
     assert {t["fault"] for t in trials} >= {"bit_flipped", "disk_full", "read_only", "wandb_unreachable", "wandb_dies"}
+    assert {t["fault"] for t in trials} >= {"compare_interrupted", "sweep_interrupted"}
 
 
 def test_the_report_is_that_of_the_record():

@@ -225,7 +225,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20000)
     options: argparse.Namespace = parser.parse_args(words)
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     if not options.plot:
         images = pixels(options.data)
         for name in options.estimator:
@@ -236,4 +235,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # of the whole process, so that a caller of main() is spared it
     main()

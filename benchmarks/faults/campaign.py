@@ -5,7 +5,7 @@ lets one random fault happen. Then the job is started again as a launcher would:
 (where that is refused as damaged, from the one that the refusal offers), and must end with exactly the weights,
 baselines and codebooks of a job that nothing happened to, having lost no more steps than lie between two checkpoints.
 
-    python benchmarks/faults/campaign.py --trials 220 --seed 0 --out benchmarks/faults/results.json
+    python benchmarks/faults/campaign.py --trials 236 --seed 0 --out benchmarks/faults/results.json
 
 Linux only; some faults need the right to mount. Trials are reproducible up to the scheduling of the machine.
 """
@@ -21,17 +21,19 @@ import re
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from interruptions import INTERRUPTIONS, interrupted, undisturbed_runs
 from job import INTERVAL, LAYERS, STEPS, Plan
 from processes import Ended, Job
 from scenarios import SCENARIOS, Bench, Scenario
+from verdict import Verdict
 
-# How often each fault is tried, out of 220; what needs two processes or W&B takes longer.
+# How often each fault is tried, out of 236; what needs two processes or W&B takes longer.
 SHARES = {
     "kill": 40,
     "kill_saving": 40,
@@ -44,42 +46,9 @@ SHARES = {
     "read_only": 12,
     "wandb_unreachable": 4,
     "wandb_dies": 6,
+    "compare_interrupted": 8,
+    "sweep_interrupted": 8,
 }
-
-
-@dataclass
-class Verdict:
-    """What became of one trial.
-
-    Attributes:
-        fault: Name of the scenario.
-        layer: The layer that was trained.
-        ranks: Number of processes.
-        seed: Of the trial.
-        first: How the job ended at which the fault happened: ``finished``, ``error``, ``signal`` or ``hang``.
-        reached: The step it had come to.
-        resumed: The step from which the next job continued, -1 where none was needed.
-        lost: Steps that were made and had to be made again.
-        offered: Whether a damaged checkpoint was refused and another one offered.
-        launcher: Whether a rank waited for one that was gone and had to be ended, as torchrun does.
-        message: The error, shortened.
-        problem: What is wrong with this trial; empty where nothing is.
-        seconds: How long the trial took.
-    """
-
-    fault: str
-    layer: str
-    ranks: int
-    seed: int
-    first: str
-    reached: int
-    resumed: int
-    lost: int
-    offered: bool
-    launcher: bool
-    message: str
-    problem: str
-    seconds: float
 
 
 def ending(ended: Ended) -> str:
@@ -111,13 +80,8 @@ def trial(
             seed=seed,
             first=ending(first),
             reached=first.reached,
-            resumed=-1,
-            lost=0,
-            offered=False,
             launcher=first.launcher,
             message=message.replace(name, "")[:300],
-            problem="",
-            seconds=0.0,
         )
         verdict.problem = judge(bench, scenario, first, verdict, references[layer, ranks])
     verdict.seconds = round(time.monotonic() - begun, 2)
@@ -176,17 +140,23 @@ def undisturbed(folder: Path) -> tuple[dict[tuple[str, int], Path], float]:
 def campaign(trials: int, seed: int, only: list[str] | None = None) -> dict[str, Any]:
     """Run the trials, in random order, and return the record of them."""
     rng = random.Random(seed)
-    names = [n for n in SCENARIOS if not only or n in only]
-    skipped = {n: reason for n in names if (reason := SCENARIOS[n].possible())}
+    faults = SCENARIOS | INTERRUPTIONS
+    names = [n for n in faults if not only or n in only]
+    skipped = {n: reason for n in names if (reason := faults[n].possible())}
     shares = {n: SHARES[n] for n in names if n not in skipped}
     total = sum(shares.values())
     plan = [n for n, share in shares.items() for _ in range(max(1, round(trials * share / total)))]
     rng.shuffle(plan)
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder:
-        references, seconds = undisturbed(Path(folder))
+        references, seconds = undisturbed(Path(folder)) if SCENARIOS.keys() & shares else ({}, 0.0)
+        commands = {n: undisturbed_runs(INTERRUPTIONS[n]) for n in INTERRUPTIONS.keys() & shares}
         for number, fault in enumerate(plan):
-            verdict = trial(fault, SCENARIOS[fault], seed * 1_000_003 + number, references, seconds)
+            own = seed * 1_000_003 + number
+            if fault in INTERRUPTIONS:
+                verdict = interrupted(fault, own, *commands[fault])
+            else:
+                verdict = trial(fault, SCENARIOS[fault], own, references, seconds)
             verdicts.append(verdict)
             print(f"{number + 1}/{len(plan)} {fault} {verdict.layer} x{verdict.ranks}: {verdict.first}", end="")
             print(f", resumed at {verdict.resumed}: {verdict.problem or 'fine'} ({verdict.seconds} s)", flush=True)
@@ -217,9 +187,9 @@ def add(record: dict[str, Any], file: Path) -> None:
 def main() -> int:
     """Entry point; the status is 1 where a trial has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=220)
+    parser.add_argument("--trials", type=int, default=236)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", metavar="FAULT", help=f"of {', '.join(SCENARIOS)}")
+    parser.add_argument("--only", nargs="*", metavar="FAULT", help=f"of {', '.join(SHARES)}")
     parser.add_argument("--out", type=Path, help="add the record, as JSON, to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)

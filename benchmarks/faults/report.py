@@ -7,10 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from interruptions import INTERRUPTIONS
 from scenarios import SCENARIOS
 
 __all__ = ["report"]
 
+FAULTS = SCENARIOS | INTERRUPTIONS
 RECORD = Path(__file__).with_name("results.json")
 
 
@@ -42,6 +44,10 @@ def report(record: dict[str, Any]) -> str:
         f"names the fault (or is killed), the next one loses at most {record['interval']} steps, and its final",
         "weights, baselines, codebooks and statistics are those of a job that nothing happened to, bit for bit.",
         "",
+        "A comparison or a sweep of two small runs gets SIGINT, SIGTERM or SIGKILL, and the same command is given",
+        "again: no run that was finished may be made anew, and the results must be those of an undisturbed command.",
+        "*Most lost* counts runs there.",
+        "",
         f"Passed: {len(trials) - len(problems)} of {len(trials)}. Python {versions['python']}, torch",
         f"{versions['torch']}, Lightning {versions['lightning']}, Linux, CPU, seeds",
         f"{', '.join(map(str, record['seeds']))}. Layers, drawn at random: {used}.",
@@ -49,7 +55,7 @@ def report(record: dict[str, Any]) -> str:
         "| " + " | ".join(columns) + " |",
         "|---" * len(columns) + "|",
     ]
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in FAULTS.items():
         of = [t for t in trials if t["fault"] == name]
         if name in record["skipped"]:
             lines.append(f"| {scenario.title} | 0: {record['skipped'][name]} |" + " |" * (len(columns) - 2))
@@ -75,7 +81,7 @@ def report(record: dict[str, Any]) -> str:
         "What the errors look like:",
         "",
     ]
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in FAULTS.items():
         messages = [t["message"] for t in trials if t["fault"] == name and t["message"]]
         if messages:
             lines.append(f"* {scenario.title}: `{min(messages, key=len).replace('`', chr(39))}`")
