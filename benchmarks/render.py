@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.measure import RESULTS, Row, check
 
@@ -87,7 +88,8 @@ def _bars(groups: Mapping[str, list[Row]]) -> Any:
             else:
                 continue
             color = COLORS[0] if ("ratio" not in row.unit and value <= 1) or row.unit == "bytes" else COLORS[1]
-            axis.barh(place, value, color=color, height=0.8)
+            start = 0.0 if row.unit == "bytes" else 1.0  # a ratio is as long as it is far from equality
+            axis.barh(place, value - start, left=start, color=color, height=0.8)
             axis.plot([low, high], [place, place], color="black", lw=1)
             labels.append(row.name)
             places.append(place)
@@ -96,6 +98,9 @@ def _bars(groups: Mapping[str, list[Row]]) -> Any:
     axis.invert_yaxis()
     axis.margins(y=0.01)
     axis.set_xscale("log")
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which(StrMethodFormatter("{x:.3g}"))
+    axis.tick_params(axis="x", which="both", labelsize=7)
     memory = next(iter(groups.values()))[0].unit == "bytes"
     axis.set_xlabel("MiB" if memory else "time over that of the reference: left of 1 is faster; line: quartiles")
     if not memory:
