@@ -100,8 +100,8 @@ def _start(of: Interruption, folder: Path) -> subprocess.Popen[str]:
         [sys.executable, "-m", "lightning_modules.cli", *of.words],
         cwd=folder,
         env=os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
@@ -112,7 +112,7 @@ def undisturbed_runs(of: Interruption) -> tuple[Any, float]:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         process = _start(of, Path(name))
-        _, errors = process.communicate(timeout=10 * PATIENCE)
+        errors, _ = process.communicate(timeout=10 * PATIENCE)
         if process.returncode != 0:
             raise RuntimeError(f"the undisturbed command {of.words} ended with {process.returncode}: {errors[-500:]}")
         return of.figures(of.finished(Path(name))), time.monotonic() - begun
@@ -128,7 +128,7 @@ def interrupted(fault: str, seed: int, reference: Any, seconds: float) -> Verdic
         time.sleep(rng.uniform(0.1, 1.05) * seconds)
         process.send_signal(number)
         try:
-            _, errors = process.communicate(timeout=PATIENCE)
+            errors, _ = process.communicate(timeout=PATIENCE)
             first = {0: "finished", -number: "signal"}.get(process.returncode, "error")
         except subprocess.TimeoutExpired:
             process.kill()
@@ -149,7 +149,7 @@ def interrupted(fault: str, seed: int, reference: Any, seconds: float) -> Verdic
 def _judge(of: Interruption, folder: Path, before: Results, reference: Any, verdict: Verdict) -> None:
     if verdict.first != "finished":
         again = _start(of, folder)
-        _, errors = again.communicate(timeout=10 * PATIENCE)
+        errors, _ = again.communicate(timeout=10 * PATIENCE)
         if again.returncode != 0:
             verdict.problem = f"the same command ended with {again.returncode}: {errors[-300:]}"
             return
