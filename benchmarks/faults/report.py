@@ -82,7 +82,7 @@ def report(record: dict[str, Any]) -> str:
         "",
     ]
     for name, scenario in FAULTS.items():
-        messages = [t["message"] for t in trials if t["fault"] == name and t["message"]]
+        messages = [t["message"] for t in trials if t["fault"] == name and t["message"] and t["first"] == "error"]
         if messages:
             lines.append(f"* {scenario.title}: `{min(messages, key=len).replace('`', chr(39))}`")
     if problems:
