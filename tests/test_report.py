@@ -234,6 +234,6 @@ def test_a_report_has_the_table_the_charts_the_pictures_and_the_command(server, 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_run_that_was_not_uploaded_gets_no_empty_report(server):
-    with pytest.raises(ValueError, match="got 'me/project/other'.*upload an offline run first, with `wandb sync`"):
+    with pytest.raises(ValueError, match=r"got 'me/project/other'.*upload an offline run first, with `wandb sync`"):
         save(a_comparison("scores"), "me/project/other")
     assert not server

@@ -53,7 +53,7 @@ def publish(
             logger.log_table("compare/curves", columns=keys, data=[[p[k] for k in keys] for p in comparison.curves])
         for chart in charts(comparison, sort):
             # a definition that every server has, over a table of ours: it becomes a panel without anybody's click
-            table = wandb.Table(columns=chart.columns, data=chart.rows)
+            table = wandb.Table(columns=[*chart.columns], data=chart.rows)
             run.log({chart.key: wandb.plot_table(chart.preset, table, chart.fields, chart.strings)})
         for picture in pictures:
             logger.log_image(f"compare/{picture.stem}", [str(picture)])
