@@ -6,6 +6,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,8 @@ class Passes:
     def add(self, this: Pass, z: Tensor) -> None:
         """Keep a pass for as long as the graph of its output lives."""
         if z.grad_fn is not None:
-            z.grad_fn.metadata["stochastic_layers"] = this
+            node: Any = z.grad_fn  # its stub says that metadata is a method
+            node.metadata["stochastic_layers"] = this
             self._alive.add(this)
 
     def find(self, x: Tensor) -> Pass:
