@@ -138,6 +138,7 @@ def test_reentrant_checkpointing_is_refused_where_its_forward_pass_without_gradi
         sl.surrogate(y.square().sum(-1), samples).mean().backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at every tensor
 def test_a_compiled_layer_that_is_recomputed_is_refused():
     layer = torch.compile(quantizer(), backend="eager")
     loss = losses(layer, [torch.randn(8, 6, requires_grad=True)], True)
