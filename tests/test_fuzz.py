@@ -314,7 +314,7 @@ def test_texts_that_should_be_yaml_configurations(cases, seed, parser):
 
 @pytest.mark.slow
 def test_damaged_data_files(seed, tmp_path):
-    from test_data import FILES, spec
+    from test_data_files import FILES, spec
 
     def check(case):
         number, (anywhere, _, length, tail) = case
