@@ -2,8 +2,6 @@
 
 import torch
 
-import stochastic_layers as sl
-
 CATEGORICAL = {"latent_dim": 2, "family": "categorical"}
 PROVEN = [
     ("arm", {"latent_dim": 3}),
@@ -27,13 +25,6 @@ OPTIONS = [
 CASES = PROVEN + OPTIONS
 BITS = torch.tensor([-2.5, -0.4, 0.0, 0.7, 1.5])
 FALSE_ALARM = 1e-6  # of each chi-square test
-
-
-def build(name, options):
-    layer = sl.create(name, **options).double()
-    generator = torch.Generator().manual_seed(1)
-    params = 0.8 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
-    return layer, params
 
 
 def chi_square_p(statistic, degrees):

@@ -1,12 +1,10 @@
 """Layers that sum over outcomes, with and without noise, and the check that a loss is the exact one."""
 
 import torch
+from small_problems import BITS, CATEGORIES
 
-import stochastic_layers as sl
 from stochastic_layers.testing import exact_value
 
-BITS = {"latent_dim": 3}
-CATEGORIES = {"latent_dim": 2, "family": "categorical", "num_categories": 3}
 ONE_OF_16 = {"latent_dim": 1, "family": "categorical", "num_categories": 16}
 EXACT = [
     ("enumeration", BITS),
@@ -34,13 +32,6 @@ RANDOM = [
     ("unordered_set", {**CATEGORIES, "num_samples": 2, "baseline": "none"}),
 ]
 ALL = EXACT + RANDOM
-
-
-def build(name, options, seed=1):
-    layer = sl.create(name, **options).double()
-    generator = torch.Generator().manual_seed(seed)
-    params = 0.8 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
-    return layer, params
 
 
 def gradients(loss, *inputs):

@@ -1,11 +1,17 @@
 """Layers of each continuous family on small problems, with params whose gradients have moments."""
 
+import math
+
 import torch
 from torch.distributions import Independent
 
 import stochastic_layers as sl
 
 FAMILIES = sl.Pathwise.families
+KS_DRAWS = 50_000
+# P(sqrt(n) D > x) <= 2 exp(-2 x^2): one false alarm in a million tests. A distribution function that is off by 0.02 at
+# some point is seen with probability 0.999: the empirical one has a standard error of 0.0022 there at most
+KS_LIMIT = math.sqrt(math.log(2 / 1e-6) / 2 / KS_DRAWS)
 
 
 def build(family, name="pathwise", **options):
@@ -29,3 +35,9 @@ def params_of(layer, seed=1, batch=(2,)):
 
 def law(q):
     return q.base_dist if isinstance(q, Independent) else q
+
+
+def ks_distance(values, cdf):
+    values, n = values.detach().sort().values.double(), values.shape[0]
+    u, grid = torch.as_tensor(cdf(values.numpy())), torch.arange(n + 1, dtype=torch.float64) / n
+    return float(torch.maximum((grid[1:] - u).abs(), (u - grid[:-1]).abs()).max())

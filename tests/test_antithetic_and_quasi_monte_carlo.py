@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from pathwise_problems import build, params_of
+from pathwise_problems import KS_DRAWS, KS_LIMIT, build, ks_distance, params_of
+from scipy import stats
 
 import stochastic_layers as sl
 from stochastic_layers.diagnostics import gradient_statistics

@@ -4,17 +4,12 @@ import math
 
 import pytest
 import torch
-from pathwise_problems import FAMILIES, build, law, params_of
+from pathwise_problems import FAMILIES, KS_DRAWS, KS_LIMIT, build, ks_distance, law, params_of
+from scipy import stats
 from torch.distributions import kl_divergence
 
 import stochastic_layers as sl
 from stochastic_layers.testing import exact_value
-
-stats = pytest.importorskip("scipy.stats")
-KS_DRAWS = 50_000
-# P(sqrt(n) D > x) <= 2 exp(-2 x^2): one false alarm in a million tests. A distribution function that is off by 0.02 at
-# some point is seen with probability 0.999: the empirical one has a standard error of 0.0022 there at most
-KS_LIMIT = math.sqrt(math.log(2 / 1e-6) / 2 / KS_DRAWS)
 
 
 def marginals(family, q):
@@ -60,12 +55,6 @@ class Kumaraswamy:
 
     def cdf(self, x):
         return 1 - (1 - x**self.a) ** self.b
-
-
-def ks_distance(values, cdf):
-    values, n = values.detach().sort().values.double(), values.shape[0]
-    u, grid = torch.as_tensor(cdf(values.numpy())), torch.arange(n + 1, dtype=torch.float64) / n
-    return float(torch.maximum((grid[1:] - u).abs(), (u - grid[:-1]).abs()).max())
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

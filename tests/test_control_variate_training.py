@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from control_variate_cases import LEARNED, MAIN, SMALL, UNSCALED, disturb
-from control_variate_problems import BITS, CATEGORIES, Model, build, gradients, train
+from control_variate_problems import LEARNED, MAIN, SMALL, UNSCALED, Model, disturb, gradients, train
+from small_problems import BITS, CATEGORIES, build
 
 from stochastic_layers.testing import PolynomialCost
 

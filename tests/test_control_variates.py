@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from control_variate_cases import CASES, DISCRETE, MAIN, SMALL, disturb
-from control_variate_problems import BITS, CATEGORIES, build, total_variance, train
+from control_variate_problems import CASES, DISCRETE, MAIN, SMALL, disturb, total_variance, train
+from small_problems import BITS, CATEGORIES, build
 
 import stochastic_layers as sl
 from stochastic_layers.testing import PolynomialCost, check_mean, exact_value

@@ -8,11 +8,11 @@ from coupled_problems import (
     FALSE_ALARM,
     OPTIONS,
     PROVEN,
-    build,
     chi_square_p,
     gradients,
     variance_and_error,
 )
+from small_problems import build
 
 import stochastic_layers as sl
 from stochastic_layers import arms as copulas

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from coupled_problems import build, gradients, variance_and_error
+from coupled_problems import gradients, variance_and_error
+from small_problems import build
 
 import stochastic_layers as sl
 from stochastic_layers import coupled

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from exact_layers import ALL, BITS, CATEGORIES, EXACT, ONE_OF_16, RANDOM, assert_exact, build, gradients
+from exact_layers import ALL, EXACT, ONE_OF_16, RANDOM, assert_exact, gradients
+from small_problems import BITS, CATEGORIES, build
 
 import stochastic_layers as sl
 from stochastic_layers import noise

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact_layers import BITS, CATEGORIES, ONE_OF_16, assert_exact, build
+from exact_layers import ONE_OF_16, assert_exact
+from small_problems import BITS, CATEGORIES, build
 from torch.nn import functional
 
 import stochastic_layers as sl

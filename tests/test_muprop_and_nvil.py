@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from control_variate_problems import BITS, CATEGORIES, build, train
+from control_variate_problems import train
+from small_problems import BITS, CATEGORIES, build
 
 import stochastic_layers as sl
 from stochastic_layers.testing import PolynomialCost, check_mean, measure

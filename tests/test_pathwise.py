@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from pathwise_problems import FAMILIES, build, params_of
+from scipy import stats
 
 import stochastic_layers as sl
 from stochastic_layers.families import create_family
