@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_modules.metrics.means import ExampleMean, positive
+from lightning_modules.metrics.means import ExampleMean
+from stochastic_layers.options import check_positive_int
 
 __all__ = ["BitsPerDimension", "EvidenceLowerBound"]
 
@@ -79,7 +80,7 @@ class BitsPerDimension(ExampleMean):
 
     def __init__(self, num_values: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_values = positive("num_values", num_values)
+        self.num_values = check_positive_int("num_values", num_values)
 
     def update(self, log_prob: Tensor) -> None:
         """Add log p(x) ``[B]`` of a batch in nats: the ELBO, the importance-weighted bound, or the exact value."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_modules.metrics.means import positive, some
+from lightning_modules.metrics.means import some
+from stochastic_layers.options import check_positive_int
 
 __all__ = ["ActiveUnits", "CodePerplexity", "KLPerDimension"]
 
@@ -45,7 +46,7 @@ class KLPerDimension(Metric):
 
     def __init__(self, num_latents: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_latents = positive("num_latents", num_latents)
+        self.num_latents = check_positive_int("num_latents", num_latents)
         self.add_state("totals", torch.zeros(num_latents, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -103,7 +104,8 @@ class ActiveUnits(Metric):
 
     def __init__(self, num_units: int, unit_size: int = 1, threshold: float = 0.01, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_units, self.unit_size = positive("num_units", num_units), positive("unit_size", unit_size)
+        self.num_units = check_positive_int("num_units", num_units)
+        self.unit_size = check_positive_int("unit_size", unit_size)
         if not 0 <= threshold < math.inf:
             raise ValueError(f"needed threshold >= 0, got {threshold}.")
         self.threshold = threshold
@@ -188,10 +190,8 @@ class CodePerplexity(Metric):
 
     def __init__(self, num_codes: int, num_variables: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_codes, self.num_variables = (
-            positive("num_codes", num_codes),
-            positive("num_variables", num_variables),
-        )
+        self.num_codes = check_positive_int("num_codes", num_codes)
+        self.num_variables = check_positive_int("num_variables", num_variables)
         self.add_state("counts", torch.zeros(num_variables, num_codes, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, codes: Tensor) -> None:

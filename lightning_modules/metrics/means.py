@@ -1,4 +1,4 @@
-"""The mean over all examples, which is exact whatever the batches and ranks, and the checks that metrics share."""
+"""The mean over all examples, which is exact whatever the batches and ranks, and the check that all metrics share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["ExampleMean", "positive", "some"]
+__all__ = ["ExampleMean", "some"]
 
 
 class ExampleMean(Metric):
@@ -70,10 +70,3 @@ def some(count: Tensor) -> Tensor:
     if not bool((count > 0).all()):
         raise ValueError("needed at least one example, got none; call update() before compute().")
     return count
-
-
-def positive(name: str, value: int) -> int:
-    """A size of a metric, checked."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"needed {name} >= 1, got {value!r}.")
-    return value
