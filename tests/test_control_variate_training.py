@@ -3,6 +3,7 @@
 import pytest
 import torch
 from control_variate_problems import LEARNED, MAIN, SMALL, UNSCALED, Model, disturb, gradients, train
+from processes import free_port
 from small_problems import BITS, CATEGORIES, build
 
 from stochastic_layers.testing import PolynomialCost
@@ -129,16 +130,11 @@ class Wrapped(torch.nn.Module):
 @pytest.mark.ddp
 def test_ranks_agree_on_gradients_and_statistics():
     """Two processes with different data and noise: everything that is learned or remembered is the same on both."""
-    import socket
-
     import torch.multiprocessing as mp
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_on_one_rank, (port, results), nprocs=2)
+        mp.spawn(_on_one_rank, (free_port(), results), nprocs=2)
         found = dict(results)
     names = {name for _, name in found}
     assert len(names) == 4
