@@ -47,6 +47,9 @@ def test_decoder_gradient_and_value_are_exact_in_the_mean(name, options, of):
     check_mean(layer, params, PolynomialCost("asymmetric", layer.out_features), of=of)
 
 
+# ---- what theory promises --------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("name", "options"), ALL, ids=str)
 def test_constant_cost_gives_no_gradient(name, options):
     layer, params = build(name, options)
@@ -124,6 +127,9 @@ def test_on_one_16_way_categorical_the_built_in_baseline_lowers_the_variance_mos
     # .36, .39, .11 of draws on another scale than the .68, .75, .21 known elsewhere; standard errors are about 2 %
     assert summed < drawn and built_in < 0.35 * drawn and centred < 0.35 * summed
     assert total_variance("unordered_set", num_samples=4) < 0.8 * four  # at the same number of evaluations
+
+
+# ---- numerics, shapes, options ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "options"), ALL, ids=str)

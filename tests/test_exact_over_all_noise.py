@@ -125,6 +125,9 @@ def test_set_probabilities_equal_the_sum_over_all_orders():
         torch.testing.assert_close(log_h[subset].exp(), expected, rtol=1e-12, atol=0)
 
 
+# ---- negative controls -----------------------------------------------------------------------------------------------
+
+
 class MeanBaseline(sl.UnorderedSet):
     """A baseline that contains the own draw."""
 
