@@ -66,7 +66,10 @@ class SaveConfig(SaveConfigCallback):
                 layers = [layer.name for layer in getattr(pl_module, "stochastic_layers", [])]
                 # a string beside the mapping of a layer and its options: what runs are grouped and coloured by
                 config = self.config.as_dict() | {"layer_name": ", ".join(layers)}
-                logger.experiment.config.update(config, allow_val_change=True)
+                known = dict(logger.experiment.config)
+                # a sweep has set some of it and locked that: W&B would warn of an ignored update, to the same value
+                news = {name: value for name, value in config.items() if name not in known or known[name] != value}
+                logger.experiment.config.update(news, allow_val_change=True)
 
 
 class CLI(LightningCLI):

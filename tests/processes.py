@@ -1,5 +1,6 @@
 """Starting a job of several processes that cannot outlive its test."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ def free_port():
 
 
 def run(command, timeout, **extra):
-    """Run a command in a process group of its own; a hang ends with SIGKILL to all of it. Returns status and output."""
+    """Run a command in a session of its own; a hang ends with SIGKILL to all of it. Returns status and output."""
     process = subprocess.Popen(
         command,
         env=environment(**extra),
@@ -34,9 +35,21 @@ def run(command, timeout, **extra):
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # a hanging collective does not react to SIGTERM
+        kill_session(process.pid)  # a hanging collective does not react to SIGTERM
         output, _ = process.communicate()
         return "timeout", output
+    finally:
+        kill_session(process.pid)
+
+
+def kill_session(leader):
+    """SIGKILL to what is left of a session, process groups of its own (which `wandb agent` makes) included."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(folder.name)) == leader:
+                os.kill(int(folder.name), signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)  # where there is no /proc
 
 
 def torchrun(script, *arguments, timeout, processes=2, **extra):
