@@ -75,8 +75,7 @@ def test_wandb_agent_trains_what_the_server_asks_for(file, server, call, tmp_pat
     give_work(server, plan)
     output = call("wandb", "agent", "--count", 1, f"me/{PROJECT}/{SWEEP}")
     assert [command["type"] for command in server.commands] == ["run"]
-    (found,) = server.runs.items()
-    id, run = found
+    ((id, run),) = server.runs.items()
     assert (id, run.entity, run.project, run.sweep, run.exitcode) == ("run0", "me", PROJECT, SWEEP, 0)
     assert any(plan.metric in row for row in run.history) and any("test/elbo" in row for row in run.history)
     check_config(run.config, server.points[0], tmp_path / f"runs/{PROJECT}/run0/config.yaml")
@@ -102,21 +101,20 @@ def test_a_run_that_falls_behind_ends_when_the_server_says_so(processes, server,
 def test_the_printed_command_uploads_the_offline_runs_of_a_sweep(sweep_id, server, call, tmp_path):
     plan = one_step("layers.yaml", tmp_path)
     identity = ["--sweep-id", sweep_id] if sweep_id else []
-    output = call("stochastic-layers", "sweep", "layers.yaml", "--count", 2, "--folder", "s", *identity)
+    output = call("stochastic-layers", "sweep", "layers.yaml", "--count", 1, "--folder", "s", *identity)
     assert server.runs == {}
     command = output.split("to upload: ")[1].splitlines()[0]
     assert command == "xargs wandb sync < s/runs.txt"
     call("bash", "-c", command)
     state = SweepState.open(Path("s"), plan.config)
-    assert set(server.runs) == {trial.id for trial in state.trials} and len(server.runs) == 2
-    for trial in state.trials:
-        run = server.runs[trial.id]
-        assert (run.project, run.sweep, run.groupName) == (PROJECT, sweep_id, None if sweep_id else f"layers-{state.id}")
-        check_config(run.config, trial.parameters, tmp_path / f"runs/{PROJECT}/{trial.id}/config.yaml")
-        (folder,) = read_record(state.record(trial)).runs
-        assert metrics(run.history) == metrics(wandb_offline.history(folder)) and len(metrics(run.history)) > 2
-        pictures = {str(path.relative_to(f"{folder}/files")) for path in Path(folder, "files").rglob("*.png")}
-        assert pictures and pictures <= set(run.files)
+    (trial,), (run,) = state.trials, server.runs.values()
+    assert set(server.runs) == {trial.id} and run.exitcode == 0
+    assert (run.project, run.sweep, run.groupName) == (PROJECT, sweep_id, None if sweep_id else f"layers-{state.id}")
+    check_config(run.config, trial.parameters, tmp_path / f"runs/{PROJECT}/{trial.id}/config.yaml")
+    (folder,) = read_record(state.record(trial)).runs
+    assert metrics(run.history) == metrics(wandb_offline.history(folder)) and len(metrics(run.history)) > 2
+    pictures = {str(path.relative_to(f"{folder}/files")) for path in Path(folder, "files").rglob("*.png")}
+    assert pictures and pictures <= set(run.files)
 
 
 def metrics(history):
