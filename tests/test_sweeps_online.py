@@ -74,11 +74,12 @@ def test_wandb_agent_trains_what_the_server_asks_for(file, server, call, tmp_pat
     call("wandb", "sweep", file)
     give_work(server, plan)
     output = call("wandb", "agent", "--count", 1, f"me/{PROJECT}/{SWEEP}")
-    assert [command["type"] for command in server.commands] == ["run"]
+    assert [command["type"] for command in server.commands] == ["run"] and server.runs, output
     ((id, run),) = server.runs.items()
     assert (id, run.entity, run.project, run.sweep, run.exitcode) == ("run0", "me", PROJECT, SWEEP, 0)
     assert any(plan.metric in row for row in run.history) and any("test/elbo" in row for row in run.history)
     check_config(run.config, server.points[0], tmp_path / f"runs/{PROJECT}/run0/config.yaml")
+    assert list(tmp_path.glob("runs/wandb/*run-*-run0"))
     assert "locked" not in output  # W&B's warning that a value of the sweep was set again
 
 

@@ -57,6 +57,22 @@ class SweepServer:
     def on_ServerFeaturesQuery(self, given):
         return {"serverInfo": {"features": []}}
 
+    def on_ProbeServerCapabilities(self, given):  # this and the next four: older clients
+        return dict.fromkeys(("QueryType", "MutationType", "ServerInfoType"), {"fields": []})
+
+    def on_ProbeServerSettings(self, given):
+        return {"ServerSettingsType": {"fields": []}}
+
+    def on_ServerInfo(self, given):
+        return {"serverInfo": None}
+
+    def on_RunStoppedStatus(self, given):
+        return {"project": {"run": {"stopped": False}}}
+
+    def on_RunUploadUrls(self, given):
+        edges = [{"node": {"name": name, "url": self._url(given.run, name)}} for name in given.files]
+        return {"model": {"bucket": {"id": given.run, "files": {"uploadHeaders": [], "edges": edges}}}}
+
     def on_OrganizationCoreWeaveOrganizationID(self, given):
         return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
 
@@ -114,13 +130,16 @@ class SweepServer:
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
 
     def on_CreateRunFiles(self, given):
-        files = [{"name": name, "uploadUrl": f"{self.address}/upload/{given.run}/{name}"} for name in given.files]
+        files = [{"name": name, "uploadUrl": self._url(given.run, name)} for name in given.files]
         return {"createRunFiles": {"runID": given.run, "uploadHeaders": [], "files": files}}
 
     def _receive(self, run, sent):
         run.history += map(json.loads, (sent.get("files") or {}).get("wandb-history.jsonl", {}).get("content", []))
         if sent.get("complete"):
             run.exitcode = sent["exitcode"]
+
+    def _url(self, run, name):
+        return f"{self.address}/upload/{run}/{name}"
 
     def _project(self, name):
         return {"id": "p", "name": name, "entity": {"id": "e", "name": USER["entity"]}}
