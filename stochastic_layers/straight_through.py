@@ -167,7 +167,8 @@ class _Heun(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         probs, index = ctx.saved_tensors
         # times g it is (p (g - z'g) + z (z'g - p'g)) / 2: few passes, since the terms in p p'g cancel
-        slope = (grad - grad.gather(-1, index)).mul_(probs).mul_(0.5)
+        slope = grad - grad.gather(-1, index)
+        slope = torch.addcmul(slope.new_zeros(()), slope, probs, value=0.5, out=slope)
         return slope.scatter_add_(-1, index, -slope.sum(-1, keepdim=True)), None, None
 
 
@@ -238,7 +239,7 @@ class ReinMax(TemperedLayer):
         if simple and isinstance(self.family, CategoricalFamily):
             probs = q.mean.detach()
             index = draw_index(probs, self.num_samples)
-            logits = self.family.unflatten(params).expand(index.shape[:-1] + probs.shape[-1:])
+            logits = self.family.unflatten(params.unsqueeze(0)).expand(index.shape[:-1] + probs.shape[-1:])
             z: Tensor = _Heun.apply(logits, probs, index)  # type: ignore[no-untyped-call]
             return self._sample(q, z.flatten(-2))
         hard = self.family.sample(q, self.num_samples)
