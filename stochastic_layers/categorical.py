@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, OneHotCategorical
 from torch.distributions.utils import lazy_property
 
+from stochastic_layers.auxiliary import kernels_usable
+
 __all__ = [
     "draw_categorical",
     "draw_index",
@@ -176,7 +178,7 @@ def log_prob_of_index(q: OneHotCategorical, index: Tensor) -> Tensor:
     law = q._categorical
     assert isinstance(law, _LazyCategorical)
     scores, index = law.scores, index.squeeze(-1).movedim(0, -1)  # [..., S]
-    if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
+    if not kernels_usable():
         return q.logits.gather(-1, index).movedim(-1, 0)
     result: Tensor = _LogProbOfIndex.apply(scores, q.probs.detach(), index)  # type: ignore[no-untyped-call]
     return result.movedim(-1, 0)

@@ -329,9 +329,7 @@ class GaussianFamily(Family):
         return DiagonalNormal(StandardNormal(torch.zeros(self.latent_dim), torch.ones(self.latent_dim)))
 
     def distribution(self, params: Tensor) -> Distribution:
-        loc, log_variance = params.chunk(2, -1)
-        # two copies, after which every pass, forward and backward, runs over dense memory
-        return DiagonalNormal(LogVarianceNormal(loc.contiguous(), log_variance.contiguous()))
+        return DiagonalNormal(LogVarianceNormal(*params.chunk(2, -1)))
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         return q.sample(torch.Size((num_samples,)))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from stochastic_layers.auxiliary import with_value
+from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import one_hot, softmax, tempered_softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
@@ -157,8 +157,7 @@ class GumbelSoftmax(TemperedLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q, family, temperature = self.law(params), self.family, self.temperature.to(params.dtype)
-        # the kernel is for a temperature that is given; the compiler fuses the passes of a formula by itself
-        fused = not (temperature.requires_grad or torch.compiler.is_compiling())
+        fused = kernels_usable() and not temperature.requires_grad
         if isinstance(family, CategoricalFamily):
             scores = perturbed(family, params.detach() if fused else params, self.num_samples)
             # hard draws are those of the scores: of the soft draw the largest entries may tie after rounding

@@ -8,6 +8,7 @@ from scipy import stats
 from torch.distributions import Independent, Normal, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
+from stochastic_layers import noise
 from stochastic_layers.auxiliary import with_value
 from stochastic_layers.categorical import (
     draw_categorical,
@@ -17,7 +18,6 @@ from stochastic_layers.categorical import (
     one_hot_categorical,
     softmax,
 )
-from stochastic_layers import noise
 from stochastic_layers.noise import _uniform, log_exponential, logistic
 
 double = torch.float64
