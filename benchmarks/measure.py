@@ -22,8 +22,8 @@ import torch
 __all__ = ["RESULTS", "Row", "arguments", "check", "clock", "compare", "environment", "interleave", "summary", "write"]
 
 SCHEMA = 1
-# Bytes of a tensor that is made and released first, as in any process that trains a larger model: glibc then keeps freed
-# memory of that size instead of returning it to the system, from which every page would be fetched and cleared anew.
+# Bytes of a tensor that is made and released first, as in any process that trains a larger model. From then on glibc
+# keeps freed memory of that size, and does not return it to the system, from which each page would be fetched anew.
 LARGE = 31 * 2**20
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "pyro-ppl", "storchastic", "reinmax", "vector-quantize-pytorch", "pythae")

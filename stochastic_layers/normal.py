@@ -36,14 +36,14 @@ class LogVarianceNormal(Normal):
     def variance(self) -> Tensor:
         return self.scale.square()
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         loc, scale = self.loc, self.scale
         noise = torch.randn(*sample_shape, *loc.shape, dtype=loc.dtype, device=loc.device)
-        if len(sample_shape) == 1 == sample_shape[0]:  # with nothing to expand, and backward to sum
+        if tuple(sample_shape) == (1,):  # with nothing to expand, and backward to sum
             loc, scale = loc.unsqueeze(0), scale.unsqueeze(0)
         return torch.addcmul(loc, scale, noise)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 

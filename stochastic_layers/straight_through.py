@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from stochastic_layers.auxiliary import with_value
+from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import draw_index, one_hot, softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
@@ -235,7 +235,7 @@ class ReinMax(TemperedLayer):
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q, temperature = self.law(params), self.temperature.to(params.dtype)
         # reading the temperature would wait for a GPU, and cannot be done in a graph
-        simple = params.device.type == "cpu" and not torch.compiler.is_compiling() and bool(temperature == 1)
+        simple = params.device.type == "cpu" and kernels_usable() and bool(temperature == 1)
         if simple and isinstance(self.family, CategoricalFamily):
             probs = q.mean.detach()
             index = draw_index(probs, self.num_samples)

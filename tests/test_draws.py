@@ -248,3 +248,18 @@ def test_draws_on_a_gpu_follow_the_law_and_have_gradients(name):
         hard = sample.z.detach()[0].argmax(-1).cpu()  # of the soft draw, too
         probs = params[0].detach().softmax(-1).cpu()
         assert chi_square(torch.bincount(hard, minlength=100), probs) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("name", ["straight_through", "reinmax", "gumbel_softmax", "reinforce", "leave_one_out"])
+def test_the_gradient_of_torch_func_is_that_of_autograd(name):
+    layer = sl.create(name, latent_dim=2, family="categorical", num_categories=5, num_samples=2)
+    params = torch.linspace(-1, 1, 30).view(3, 10)
+
+    def loss(params):
+        torch.manual_seed(0)
+        sample = layer.sample(params)
+        return sample.surrogate((sample.z * torch.arange(10.0)).sum(-1).square()).mean()
+
+    leaf = params.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(params), expected)
