@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.options import require_two
 from stochastic_layers.quadrature import gauss_legendre
 from stochastic_layers.registry import register
 
@@ -157,8 +158,7 @@ class ARMS(StochasticLayer):
         copula: Literal["dirichlet", "gaussian"] = "dirichlet",
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
-        if num_samples < 2:
-            raise ValueError(f"needed num_samples >= 2, draws to compare with each other, got {num_samples}.")
+        require_two(num_samples)
         if copula not in ("dirichlet", "gaussian"):
             raise ValueError(f"needed copula 'dirichlet' or 'gaussian', got {copula!r}.")
         self.copula = copula

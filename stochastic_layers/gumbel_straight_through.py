@@ -11,6 +11,7 @@ from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import log_exponential
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
@@ -139,9 +140,7 @@ class GumbelRao(TemperedLayer):
             num_samples=num_samples,
             temperature=temperature,
         )
-        if not isinstance(num_replicates, int) or isinstance(num_replicates, bool) or num_replicates < 1:
-            raise ValueError(f"needed num_replicates >= 1, got {num_replicates!r}; 10 is usual.")
-        self.num_replicates = num_replicates
+        self.num_replicates = check_positive_int("num_replicates", num_replicates, "10 is usual")
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)

@@ -14,8 +14,9 @@ from stochastic_layers.control_variates import (
     joined,
     mean_point,
 )
-from stochastic_layers.double_cv import OptimalCoefficients, from_others, require_two
+from stochastic_layers.double_cv import OptimalCoefficients, from_others
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import require_two
 from stochastic_layers.registry import register
 
 __all__ = ["Rodeo"]

@@ -43,3 +43,9 @@ def torchrun(script, *arguments, timeout, processes=2, **extra):
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     return run([*launcher, *address, str(script), *map(str, arguments)], timeout, **extra)
+
+
+def launch(worker, folder, *names, timeout=900):
+    """Run ``tests/<worker> folder *names`` on two processes, which must succeed."""
+    status, output = torchrun(Path(__file__).with_name(worker), folder, *names, timeout=timeout)
+    assert status == 0, f"{status}: {output[-6000:]}"

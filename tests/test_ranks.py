@@ -3,12 +3,12 @@
 import math
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from joined_noise import JoinedNoise
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import torchrun
+from quiet_trainer import quiet_trainer
 from scale_runs import ACCUMULATED, build, fit, joined_batches, state
 from scale_variance import KINDS, table
 from torch import nn
@@ -75,7 +75,7 @@ def test_ranks_with_different_numbers_of_batches_are_refused(monkeypatch):
 
 
 def test_a_strategy_that_shards_the_model_is_refused_at_set_up():
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = quiet_trainer()
     for strategy in (ModelParallelStrategy(), FSDPStrategy(accelerator=trainer.accelerator)):
         with pytest.raises(ValueError, match=f"got {type(strategy).__name__}.*Use strategy='ddp'"):
             check_strategy(strategy)
@@ -85,7 +85,7 @@ def test_a_strategy_that_shards_the_model_is_refused_at_set_up():
 
 def test_half_precision_on_the_cpu_is_bfloat16_with_a_warning_that_says_so():
     with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
-        trainer = L.Trainer(accelerator="cpu", precision="16-mixed", logger=False, enable_progress_bar=False)
+        trainer = quiet_trainer(precision="16-mixed")
     assert trainer.precision == "bf16-mixed"
 
 

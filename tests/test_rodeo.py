@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from control_variate_problems import BITS, build, total_variance, train
+from control_variate_problems import total_variance, train
+from small_problems import BITS, build
 from test_double_cv import Toy, per_coordinate
 
 from stochastic_layers import rodeo

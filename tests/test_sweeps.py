@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import lightning as L
 import pytest
 import yaml
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE
 from lightning_modules.cli import main
@@ -245,17 +245,8 @@ def test_a_trial_ends_after_the_validation_that_follows_a_reason(why, tmp_path, 
         stop_file(path).touch()
     elif why == "the sweep was killed":
         record._parent = -1
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        limit_train_batches=1,
-        log_every_n_steps=1,
-        num_sanity_val_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[record],
+    trainer = quiet_trainer(
+        max_epochs=3, limit_train_batches=1, log_every_n_steps=1, num_sanity_val_steps=1, callbacks=[record]
     )
     trainer.fit(VAE("gaussian", {"latent_dim": 2}), Digits(binarization="dynamic"))
     read = read_record(path)
