@@ -28,7 +28,7 @@ $(BIN)/python:
 $(TEST_STAMP): $(PINS) | $(BIN)/python
 	@echo "installing into $(VENV): some minutes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sweeps
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sweeps wandb-workspaces
 	@touch $@
 
 $(DEV_STAMP): $(PINS) | $(TEST_STAMP)

@@ -1,4 +1,4 @@
-"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe, certify, compare."""
+"""The console script ``stochastic-layers``: fit, test, predict, sweep, compare, report; list, describe, certify."""
 
 from __future__ import annotations
 
@@ -251,6 +251,8 @@ def main(args: list[str] | None = None) -> None:
             sys.exit(certify.main(rest))
         elif command == "compare":
             sys.exit(import_module("lightning_modules.comparison.command").main(rest))  # which imports this module
+        elif command == "report":
+            sys.exit(import_module("lightning_modules.comparison.report").main(rest))
         elif command == "sweep":
             sys.exit(sweep.main(rest))
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
