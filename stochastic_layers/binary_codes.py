@@ -22,6 +22,16 @@ def stick_logits(logits: Tensor) -> Tensor:
     return logits[..., :-1] - rest
 
 
+def ascending_stick_logits(logits: Tensor) -> Tensor:
+    """:func:`stick_logits` of logits in ascending order, where a plain sum does: it holds its largest term, which is 1.
+
+    torch's ``logcumsumexp`` and its backward pass take several times as long.
+    """
+    shifted = logits - logits[..., -1:].detach()
+    rest = shifted[..., 1:].exp().flip(-1).cumsum(-1).flip(-1)
+    return shifted[..., :-1] - rest.log()
+
+
 def decode_sticks(bits: Tensor) -> tuple[Tensor, Tensor]:
     """The position of the first 1 among bits ``[..., C - 1]``, the last category if there is none.
 
@@ -46,13 +56,13 @@ def ordered_sticks(logits: Tensor, order: str) -> tuple[Tensor, Decoder]:
     """
     if order == "given":
         return stick_logits(logits), decode_sticks
-    permutation = logits.argsort(-1, descending=order == "descending")
+    ordered, permutation = logits.sort(-1, descending=order == "descending")
 
     def decode(bits: Tensor) -> tuple[Tensor, Tensor]:
         z, reached = decode_sticks(bits)
         return torch.zeros_like(z).scatter_(-1, permutation.expand_as(z), z), reached
 
-    return stick_logits(logits.gather(-1, permutation)), decode
+    return (stick_logits if order == "descending" else ascending_stick_logits)(ordered), decode
 
 
 def tree_logits(logits: Tensor) -> Tensor:
