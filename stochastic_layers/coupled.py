@@ -129,9 +129,8 @@ class DisARMBase(PairLayer):
         b, b_tilde = _antithetic_bits(logits, _antithetic_noise(logits, self.num_samples // 2))
         z, reached = decode(torch.cat([b, b_tilde]))
         weight = 0.5 * (b - b_tilde) * torch.sigmoid(logits.detach().abs())
-        if (
-            reached is not None
-        ):  # a bit that neither point looked at is a fair sign: its conditional expectation is zero
+        # a bit that neither point looked at is a fair sign: its conditional expectation is zero
+        if reached is not None:
             weight = weight * torch.maximum(*reached.chunk(2))
         if isinstance(self.family, CategoricalFamily):
             z = z.flatten(-2)

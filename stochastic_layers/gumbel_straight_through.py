@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stochastic_layers.auxiliary import with_value
+from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
@@ -139,7 +139,7 @@ def with_slope(hard: Tensor, logits: Tensor, terms: Sequence[Term]) -> Tensor:
         terms: What the gradient is multiplied by; not differentiated.
     """
     logits = logits.unsqueeze(0)  # for S = 1 nothing is left to expand, and backward to sum
-    if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
+    if not kernels_usable():
         return hard + sum_of_products(terms, (logits - logits.detach()).expand_as(hard))
     tensors = [tensor for term in terms for tensor in (term.weight, term.values)]
     are_matrices = [term.is_matrix for term in terms]

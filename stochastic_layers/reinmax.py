@@ -26,9 +26,7 @@ def _scaled(terms: list[Term], factor: float) -> list[Term]:
 def middle_bit_logits(logits: Tensor, bits: Tensor) -> Tensor:
     """The logit of (p + z) / 2 for a bit."""
     sign = 2 * bits - 1
-    margin = (
-        sign * logits
-    )  # the logit of the value that was drawn, of probability s: its new odds are (1 + s) / (1 - s)
+    margin = sign * logits  # of the value that was drawn: of its probability s are made the odds (1 + s) / (1 - s)
     return sign * (margin.sigmoid().log1p() - torch.nn.functional.logsigmoid(-margin))
 
 

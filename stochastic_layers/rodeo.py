@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
+from stochastic_layers.auxiliary import kernels_usable
 from stochastic_layers.control_variates import (
     CostMoments,
     RelativeVariance,
@@ -184,8 +185,7 @@ class Rodeo(StochasticLayer):
         level = level - mean
         inputs = (torch.stack([linear, level]) / std).to(dtype).flatten(1)
         weights = tuple(self.network.parameters())
-        # a compiler sees through the formula, and would unroll the loop over the chunks
-        run = evaluate if torch.compiler.is_compiling() else _InChunks.apply
+        run = _InChunks.apply if kernels_usable() else evaluate
         correction = run(inputs, *weights)
         result = std * correction.to(linear.dtype).reshape(2, *linear.shape)
         return result + (linear + level) if self.taylor else result
