@@ -263,3 +263,14 @@ def test_the_gradient_of_torch_func_is_that_of_autograd(name):
     leaf = params.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(loss)(params), expected)
+
+
+def test_bits_follow_their_probabilities_also_where_these_are_extreme():
+    draws, logits = 2_000_000, torch.tensor([0.0, 1.5, -11.5, 11.5, -200.0, 200.0])
+    family = sl.create("reinforce", latent_dim=6, family="bernoulli").family
+    ones = family.sample(family.distribution(logits), draws).double().sum(0)
+    for count, p in zip(ones.tolist(), logits.double().sigmoid().tolist(), strict=True):
+        assert stats.binomtest(round(count), draws, min(p, 1.0)).pvalue > FALSE_ALARM
+    assert ones[-2:].tolist() == [0, draws]
+    shifted = torch.sigmoid(logits[1].double() + 0.02).item()  # a shift of a logit by 0.02 is seen
+    assert stats.binomtest(round(ones[1].item()), draws, shifted).pvalue < FALSE_ALARM
