@@ -79,7 +79,7 @@ def tree_logits(logits: Tensor) -> Tensor:
     for _ in range(depth):
         left, right = level[..., 0::2], level[..., 1::2]
         nodes.insert(0, right - left)
-        # log(e^left + e^right), in a tenth of the time of logaddexp; from 40 on a straight line differs by less than rounding
+        # log(e^left + e^right) in a tenth of the time of logaddexp; the line from 40 on is within rounding
         level = left + softplus(nodes[0], threshold=40.0)
     return torch.cat(nodes, -1)
 
