@@ -126,15 +126,17 @@ class Stopwatch(L.Callback):
 
 
 class Usual(L.LightningModule):
-    """The model as a LightningModule that logs three values at every step, as most do."""
+    """The model as a LightningModule that logs three values at every step, as most do, or none."""
 
-    def __init__(self) -> None:
+    def __init__(self, logs: bool = True) -> None:
         super().__init__()
         self.model = Bare()
+        self.logs = logs
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss: Tensor = self.model(batch[0])
-        self.log_dict({"elbo": -loss, "kl": loss.detach(), "reconstruction": loss.detach()})
+        if self.logs:
+            self.log_dict({"elbo": -loss, "kl": loss.detach(), "reconstruction": loss.detach()})
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -178,6 +180,7 @@ def main() -> None:
         "VAE under Trainer": lambda: trained(vae(), data),
         "VAE under Trainer, no monitor": lambda: trained(vae(), data, GradientVarianceMonitor(every_n_steps=0)),
         "LightningModule that logs each step": lambda: trained(Usual(), data),
+        "LightningModule that logs nothing": lambda: trained(Usual(logs=False), data),
     }
     unavailable = {}
     try:
