@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from one_step import check_config, one_step
 from quiet_trainer import quiet_trainer
 
@@ -258,6 +260,23 @@ def test_a_trial_ends_after_the_validation_that_follows_a_reason(why, tmp_path, 
     assert read_record(path) == read
     monkeypatch.delenv(TRIAL_VARIABLE)
     assert TrialRecord.from_environment() == []
+
+
+def test_under_wandb_agent_sigterm_ends_training_after_the_batch(monkeypatch):
+    monkeypatch.delenv(TRIAL_VARIABLE, raising=False)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    (stop,) = TrialRecord.from_environment()
+
+    class Agent(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=4, log_every_n_steps=1, callbacks=[Agent(), stop])
+    with pytest.raises(SIGTERMException):
+        trainer.fit(VAE("gaussian", {"latent_dim": 2}), Digits(binarization="dynamic"))
+    assert trainer.global_step == 2 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_workers_share_the_gpus_and_the_threads(monkeypatch):

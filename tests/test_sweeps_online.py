@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,8 @@ def test_the_printed_command_uploads_the_offline_runs_of_a_sweep(sweep_id, serve
     (trial,), (run,) = state.trials, server.runs.values()
     assert set(server.runs) == {trial.id} and run.exitcode == 0
     assert (run.project, run.sweep, run.groupName) == (PROJECT, sweep_id, None if sweep_id else f"layers-{state.id}")
-    check_config(run.config, trial.parameters, tmp_path / f"runs/{PROJECT}/{trial.id}/config.yaml")
+    if find_spec("wandb.sync") is None:  # older clients, which have it, send what the configuration was at first
+        check_config(run.config, trial.parameters, tmp_path / f"runs/{PROJECT}/{trial.id}/config.yaml")
     (folder,) = read_record(state.record(trial)).runs
     assert metrics(run.history) == metrics(wandb_offline.history(folder)) and len(metrics(run.history)) > 2
     pictures = {str(path.relative_to(f"{folder}/files")) for path in Path(folder, "files").rglob("*.png")}

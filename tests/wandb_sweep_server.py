@@ -22,7 +22,7 @@ class SweepServer:
         stop_after: Validations after which a run is told to stop, as early termination does; ``None`` for never.
         sweep: What ``wandb sweep`` has sent, its configuration parsed.
         commands: What agents were told, in order.
-        runs: Run id to its ``config``, ``sweep``, ``groupName``, ``history``, ``exitcode`` and the names of its ``files``.
+        runs: Run id to its ``config``, ``sweep``, ``groupName``, ``history``, ``exitcode`` and names of ``files``.
         unknown: What this server could not answer; a test looks that there was nothing.
     """
 
@@ -58,7 +58,7 @@ class SweepServer:
         return {"serverInfo": {"features": []}}
 
     def on_ProbeServerCapabilities(self, given):  # this and the next four: older clients
-        return dict.fromkeys(("QueryType", "MutationType", "ServerInfoType"), {"fields": []})
+        return {name: {"fields": []} for name in ("QueryType", "MutationType", "ServerInfoType")}
 
     def on_ProbeServerSettings(self, given):
         return {"ServerSettingsType": {"fields": []}}
