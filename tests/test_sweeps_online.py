@@ -1,5 +1,6 @@
 """Sweeps with W&B's own command line tools, which talk to a local server that answers as W&B's."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -27,13 +28,12 @@ def server():
     for tool in ("wandb", "stochastic-layers"):
         if shutil.which(tool, path=str(BIN)) is None:
             pytest.skip(f"needs the command {tool} beside this Python")
-    try:
-        serving = serving_sweeps()
-        server = serving.__enter__()
-    except OSError as error:
-        pytest.skip(f"needs a port of this machine: {error}")
-    yield server
-    serving.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(serving_sweeps())
+        except OSError as error:
+            pytest.skip(f"needs a port of this machine: {error}")
+        yield server
     assert server.unknown == []
 
 
