@@ -156,7 +156,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _run("git", "rev-parse", "HEAD") or "unknown",
-        "changed": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(
+            _run("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+        ),
         "python": platform.python_version(),
         "versions": versions,
         "system": platform.system(),

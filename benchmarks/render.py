@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from benchmarks.measure import RESULTS, Row, check
 
@@ -66,6 +67,12 @@ def _curves(groups: Mapping[str, list[Row]]) -> Any:
             axis.plot(x, [1e3 * row.median for row in own], marker="o", ms=3, label=name, color=color)
             axis.fill_between(x, [1e3 * r.q1 for r in own], [1e3 * r.q3 for r in own], alpha=0.15, color=color, lw=0)
         axis.set(xscale="log", yscale="log", xlabel=group, ylabel="ms")
+        sizes = sorted({row.x for row in rows if row.x is not None})
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(StrMethodFormatter("{x:g}"))
+        axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=7)
     return figure
@@ -78,14 +85,18 @@ def _is_drawn(row: Row) -> bool:
 def _bars(groups: Mapping[str, list[Row]], biases: Mapping[str, float]) -> Any:
     groups = {group: drawn for group, rows in groups.items() if (drawn := [row for row in rows if _is_drawn(row)])}
     unit = next(iter(groups.values()))[0].unit
-    count = sum(len(rows) for rows in groups.values()) + len(groups)
+    alone = all(len(rows) == 1 for rows in groups.values())  # then the group is the label, and needs no heading
+    if alone:
+        groups = dict(sorted(groups.items(), key=lambda item: item[1][0].ratio or 0.0))
+    count = sum(len(rows) for rows in groups.values()) + (0 if alone else len(groups))
     figure, axis = plt.subplots(figsize=(8, 0.2 * count + 3), layout="constrained")
     labels, places, place = [], [], 0
     for group, rows in groups.items():
-        axis.text(
-            0, place - 0.1, f" {group}", fontsize=7, weight="bold", va="center", transform=axis.get_yaxis_transform()
-        )
-        place += 1
+        if not alone:
+            over = f", over {rows[0].reference}" if rows[0].reference else ""
+            across = axis.get_yaxis_transform()
+            axis.text(0, place - 0.1, f" {group}{over}", fontsize=7, weight="bold", va="center", transform=across)
+            place += 1
         for row in rows:
             if unit == "bytes":
                 value = low = high = row.median / 2**20
@@ -98,8 +109,8 @@ def _bars(groups: Mapping[str, list[Row]], biases: Mapping[str, float]) -> Any:
                 start = 0.0 if unit == "bytes" else 1.0  # a ratio is as long as it is far from equality
                 axis.barh(place, value - start, left=start, color=color, height=0.8)
                 axis.plot([low, high], [place, place], color="black", lw=1)
-            bias = biases.get(f"relative bias of {row.name} ({group})")
-            labels.append(row.name if bias is None else f"{row.name} (bias {100 * bias:.{1 if bias < 0.1 else 0}f} %)")
+            bias, name = biases.get(f"relative bias of {row.name} ({group})"), group if alone else row.name
+            labels.append(name if bias is None else f"{name} (bias {100 * bias:.{1 if bias < 0.1 else 0}f} %)")
             places.append(place)
             place += 1
     axis.set_yticks(places, labels, fontsize=7)
@@ -107,6 +118,8 @@ def _bars(groups: Mapping[str, list[Row]], biases: Mapping[str, float]) -> Any:
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
     low, high = axis.get_xlim()
+    if high < 4 * low:  # less than a decade, where a logarithmic axis has hardly a tick
+        axis.set_xticks([tenth / 10 for tenth in range(math.ceil(10 * low), math.floor(10 * high) + 1)])
     axis.xaxis.set_minor_formatter(StrMethodFormatter("{x:.3g}") if high < 100 * low else NullFormatter())
     axis.tick_params(axis="x", which="both", labelsize=7)
     axis.set_xlabel(
@@ -145,8 +158,9 @@ def reading(document: Mapping[str, Any]) -> str:
     ]
     worst = sorted(slower, key=lambda row: -(row.ratio or 0))[:12]
     if worst:
-        named = "; ".join(f"{row.name} at {row.group}, {row.ratio:.2f} times {row.reference}" for row in worst)
-        lines.append(f"{extreme}: {named}.")
+        places = [row.group if row.name in row.group else f"{row.name} at {row.group}" for row in worst]
+        named = [f"{place}, {row.ratio:.2f} times {row.reference}" for place, row in zip(places, worst, strict=True)]
+        lines.append(f"{extreme}: {'; '.join(named)}.")
     return " ".join(lines)
 
 
