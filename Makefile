@@ -28,7 +28,7 @@ $(BIN)/python:
 $(TEST_STAMP): $(PINS) | $(BIN)/python
 	@echo "installing into $(VENV): some minutes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sweeps
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sweeps wandb-workspaces
 	@touch $@
 
 $(DEV_STAMP): $(PINS) | $(TEST_STAMP)
@@ -50,7 +50,7 @@ test-slow: $(TEST_STAMP) ## run the slow tests and those on several processes
 	$(BIN)/python -m pytest -m "(slow or ddp) and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(PEERS_STAMP) ## measure in a short form, against the peers that can be installed, and draw the page of results
-	for name in layers estimators scaling memory training; do \
+	for name in layers estimators variance scaling memory training; do \
 		$(BIN)/python -m benchmarks.$$name --seconds $(BENCH_SECONDS) || exit 1; done
 	$(BIN)/python -m benchmarks.render
 

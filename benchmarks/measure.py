@@ -22,6 +22,9 @@ import torch
 __all__ = ["RESULTS", "Row", "arguments", "check", "clock", "compare", "environment", "interleave", "summary", "write"]
 
 SCHEMA = 1
+# Bytes of a tensor that is made and released first, as in any process that trains a larger model. From then on glibc
+# keeps freed memory of that size, and does not return it to the system, from which each page would be fetched anew.
+LARGE = 31 * 2**20
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "pyro-ppl", "storchastic", "reinmax", "vector-quantize-pytorch", "pythae")
 
@@ -81,6 +84,7 @@ def interleave(
     Returns:
         Seconds per call, one list entry per round.
     """
+    torch.empty(LARGE, dtype=torch.uint8).fill_(0)
     for function in cases.values():  # warm-up: allocator, lazy initialisation, caches
         for _ in range(3):
             function()

@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from benchmarks.measure import RESULTS, Row, check
 
@@ -45,7 +45,7 @@ def picture(document: Mapping[str, Any], path: Path) -> None:
     """Curves over x where rows have one, else bars of the ratios, or of the medians where there are none."""
     groups = _groups(document)
     curves = any(row.x is not None for row in next(iter(groups.values())))
-    figure = _curves(groups) if curves else _bars(groups)
+    figure = _curves(groups) if curves else _bars(groups, document["findings"])
     figure.suptitle(document["benchmark"])
     temporary = path.with_suffix(".part.png")
     figure.savefig(temporary, dpi=110, bbox_inches="tight")
@@ -71,7 +71,13 @@ def _curves(groups: Mapping[str, list[Row]]) -> Any:
     return figure
 
 
-def _bars(groups: Mapping[str, list[Row]]) -> Any:
+def _is_drawn(row: Row) -> bool:
+    return row.unit == "bytes" or (row.ratio is not None and row.name != row.reference)
+
+
+def _bars(groups: Mapping[str, list[Row]], biases: Mapping[str, float]) -> Any:
+    groups = {group: drawn for group, rows in groups.items() if (drawn := [row for row in rows if _is_drawn(row)])}
+    unit = next(iter(groups.values()))[0].unit
     count = sum(len(rows) for rows in groups.values()) + len(groups)
     figure, axis = plt.subplots(figsize=(8, 0.2 * count + 3), layout="constrained")
     labels, places, place = [], [], 0
@@ -81,29 +87,35 @@ def _bars(groups: Mapping[str, list[Row]]) -> Any:
         )
         place += 1
         for row in rows:
-            if row.reference and row.name != row.reference and row.ratio is not None:
-                value, low, high = row.ratio, row.ratio_q1 or 0.0, row.ratio_q3 or 0.0
-            elif row.unit == "bytes":
+            if unit == "bytes":
                 value = low = high = row.median / 2**20
             else:
-                continue
-            color = COLORS[0] if ("ratio" not in row.unit and value <= 1) or row.unit == "bytes" else COLORS[1]
-            start = 0.0 if row.unit == "bytes" else 1.0  # a ratio is as long as it is far from equality
-            axis.barh(place, value - start, left=start, color=color, height=0.8)
-            axis.plot([low, high], [place, place], color="black", lw=1)
-            labels.append(row.name)
+                value, low, high = row.ratio or 0.0, row.ratio_q1 or 0.0, row.ratio_q3 or 0.0
+            if value == 0:  # has no place on a logarithmic axis
+                axis.text(1, place, " 0", fontsize=7, va="center")
+            else:
+                color = COLORS[0] if value <= 1 or unit == "bytes" else COLORS[1]
+                start = 0.0 if unit == "bytes" else 1.0  # a ratio is as long as it is far from equality
+                axis.barh(place, value - start, left=start, color=color, height=0.8)
+                axis.plot([low, high], [place, place], color="black", lw=1)
+            bias = biases.get(f"relative bias of {row.name} ({group})")
+            labels.append(row.name if bias is None else f"{row.name} (bias {100 * bias:.{1 if bias < 0.1 else 0}f} %)")
             places.append(place)
             place += 1
     axis.set_yticks(places, labels, fontsize=7)
-    axis.invert_yaxis()
-    axis.margins(y=0.01)
+    axis.set_ylim(place, -1)
     axis.set_xscale("log")
-    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        which(StrMethodFormatter("{x:.3g}"))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+    low, high = axis.get_xlim()
+    axis.xaxis.set_minor_formatter(StrMethodFormatter("{x:.3g}") if high < 100 * low else NullFormatter())
     axis.tick_params(axis="x", which="both", labelsize=7)
-    memory = next(iter(groups.values()))[0].unit == "bytes"
-    axis.set_xlabel("MiB" if memory else "time over that of the reference: left of 1 is faster; line: quartiles")
-    if not memory:
+    axis.set_xlabel(
+        {
+            "bytes": "MiB",
+            "s": "time over that of the reference: left of 1 is faster; line: quartiles",
+        }.get(unit, f"{unit}, over that of the reference: left of 1 is better; line: quartiles")
+    )
+    if unit != "bytes":
         axis.axvline(1, color="black", lw=0.8)
     axis.grid(axis="x", alpha=0.3)
     return figure
@@ -123,15 +135,18 @@ def reading(document: Mapping[str, Any]) -> str:
         return ""
     slower = [row for row in compared if (row.ratio_q1 or 0) > 1]
     faster = [row for row in compared if (row.ratio_q3 or 0) < 1]
+    worse, better, extreme = (
+        ("slower", "faster", "Slowest") if compared[0].unit == "s" else ("worse", "better", "Worst")
+    )
     undecided = len(compared) - len(slower) - len(faster)
     lines = [
-        f"Of {len(compared)} comparisons with a reference, {len(slower)} are slower by more than their quartiles, "
-        f"{len(faster)} faster, and {undecided} cannot be told apart."
+        f"Of {len(compared)} comparisons with a reference, {len(slower)} are {worse} by more than their quartiles, "
+        f"{len(faster)} {better}, and {undecided} cannot be told apart."
     ]
     worst = sorted(slower, key=lambda row: -(row.ratio or 0))[:12]
     if worst:
         named = "; ".join(f"{row.name} at {row.group}, {row.ratio:.2f} times {row.reference}" for row in worst)
-        lines.append(f"Slowest: {named}.")
+        lines.append(f"{extreme}: {named}.")
     return " ".join(lines)
 
 

@@ -34,6 +34,8 @@ def step(name: str, family: str, sizes: dict[str, int], device: str) -> Callable
     options: dict[str, Any] = {"latent_dim": sizes["latents"], "family": family}
     if family == "categorical":
         options["num_categories"] = sizes["categories"]
+    else:  # as many numbers in all, so that arithmetic counts and not the calls
+        options["latent_dim"] *= BASE["categories"]
     options["num_samples"] = sizes["draws"]
     layer = sl.create(name, **options).to(device)
     params = torch.randn(sizes["batch"], layer.in_features, device=device, requires_grad=True)

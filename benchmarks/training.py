@@ -14,6 +14,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -66,21 +67,28 @@ def indexed(pixels: Tensor) -> Iterator[Tensor]:
         yield torch.bernoulli(pixels[rows])
 
 
+def seconds_of_a_step(step: Callable[[Tensor], object], batches: Iterator[Tensor]) -> float:
+    """Mean time of a step and of the making of its batch, after the warm-up."""
+    for x in islice(batches, WARM_UP):
+        step(x)
+    start = clock()
+    for x in islice(batches, STEPS):
+        step(x)
+    return (clock() - start) / STEPS
+
+
 def loop(pixels: Tensor, batches: Callable[[Tensor], Iterator[Tensor]], **options: Any) -> float:
     """Seconds of a step of a loop written out."""
     model = Bare()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **options)
-    start = 0.0
-    for step, x in enumerate(batches(pixels)):
-        if step == WARM_UP:
-            start = clock()
-        if step == WARM_UP + STEPS:
-            break
+
+    def step(x: Tensor) -> None:
         loss = model(x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return (clock() - start) / STEPS
+
+    return seconds_of_a_step(step, batches(pixels))
 
 
 def svi(pixels: Tensor) -> float:
@@ -104,14 +112,7 @@ def svi(pixels: Tensor) -> float:
 
     optimizer = importlib.import_module("pyro.optim").Adam({"lr": 1e-3})
     trainer = infer.SVI(model, guide, optimizer, loss=infer.TraceMeanField_ELBO())
-    start = 0.0
-    for step, x in enumerate(loaded(pixels)):
-        if step == WARM_UP:
-            start = clock()
-        if step == WARM_UP + STEPS:
-            break
-        trainer.step(x)
-    return (clock() - start) / STEPS
+    return seconds_of_a_step(trainer.step, loaded(pixels))
 
 
 class Stopwatch(L.Callback):
@@ -125,15 +126,17 @@ class Stopwatch(L.Callback):
 
 
 class Usual(L.LightningModule):
-    """The model as a LightningModule that logs three values at every step, as most do."""
+    """The model as a LightningModule that logs three values at every step, as most do, or none."""
 
-    def __init__(self) -> None:
+    def __init__(self, logs: bool = True) -> None:
         super().__init__()
         self.model = Bare()
+        self.logs = logs
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss: Tensor = self.model(batch[0])
-        self.log_dict({"elbo": -loss, "kl": loss.detach(), "reconstruction": loss.detach()})
+        if self.logs:
+            self.log_dict({"elbo": -loss, "kl": loss.detach(), "reconstruction": loss.detach()})
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -177,6 +180,7 @@ def main() -> None:
         "VAE under Trainer": lambda: trained(vae(), data),
         "VAE under Trainer, no monitor": lambda: trained(vae(), data, GradientVarianceMonitor(every_n_steps=0)),
         "LightningModule that logs each step": lambda: trained(Usual(), data),
+        "LightningModule that logs nothing": lambda: trained(Usual(logs=False), data),
     }
     unavailable = {}
     try:

@@ -38,7 +38,6 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
     """Base of models p(x, z), q(z | x) that one optimizer trains on one scalar loss; :class:`VAE` says what is logged.
 
     Args:
-        options: The arguments of the subclass, by name, for the checkpoint.
         data_shape: Shape of one example.
         likelihood: See :class:`VAE`.
         objective: See :class:`VAE`.
@@ -46,6 +45,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         baseline_lr: See :class:`VAE`.
         optimizer: See :class:`VAE`.
         iwae_samples: See :class:`VAE`.
+        **parts: The further arguments of the subclass, kept in the checkpoint with those above.
     """
 
     latent_shape: tuple[int, ...] = ()
@@ -55,7 +55,6 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
 
     def __init__(
         self,
-        options: Mapping[str, Any],
         *,
         data_shape: Sequence[int],
         likelihood: str | Mapping[str, Any] | Likelihood,
@@ -64,8 +63,19 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         baseline_lr: float | None,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None,
         iwae_samples: Mapping[str, int] | None,
+        **parts: Any,
     ) -> None:
         super().__init__()
+        options = dict(
+            parts,
+            data_shape=tuple(data_shape),
+            likelihood=likelihood,
+            objective=objective,
+            lr=lr,
+            baseline_lr=baseline_lr,
+            optimizer=optimizer,
+            iwae_samples=iwae_samples,
+        )
         self.save_hyperparameters(plain_options(type(self).__name__, options))
         self.data_shape = tuple(data_shape)
         self.likelihood = build_likelihood(likelihood)
@@ -82,6 +92,15 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         """Shape of the decoder's output for one example."""
         channels, *rest = self.data_shape
         return (channels * self.likelihood.outputs_per_value, *rest)
+
+    def _check_decoder(self, z: Tensor) -> None:
+        """Send z of two examples through the decoder, so that one that does not fit is found at construction."""
+        shape = list(self.decode(z).shape)
+        if shape != [2, *self.output_shape]:
+            raise ValueError(
+                f"needed a decoder with outputs [N, {', '.join(map(str, self.output_shape))}] for likelihood "
+                f"{self.likelihood.name!r}, got {shape}."
+            )
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The console script ``stochastic-layers``: fit, validate, test, predict, sweep; list, describe, certify, compare."""
+"""The console script ``stochastic-layers``: fit, test, predict, sweep, compare, report; list, describe, certify."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ class SaveConfig(SaveConfigCallback):
                 layers = [layer.name for layer in getattr(pl_module, "stochastic_layers", [])]
                 # a string beside the mapping of a layer and its options: what runs are grouped and coloured by
                 config = self.config.as_dict() | {"layer_name": ", ".join(layers)}
-                logger.experiment.config.update(config, allow_val_change=True)
+                known = dict(logger.experiment.config)
+                # a sweep has set some of it and locked that: W&B would warn of an ignored update, to the same value
+                news = {name: value for name, value in config.items() if name not in known or known[name] != value}
+                logger.experiment.config.update(news, allow_val_change=True)
 
 
 class CLI(LightningCLI):
@@ -134,6 +137,9 @@ class CLI(LightningCLI):
         if not any(isinstance(callback, CollapseWarning) for callback in callbacks):
             callbacks.append(CollapseWarning())
         callbacks += [Report(), *TrialRecord.from_environment()]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger.save_dir is not None:
+                Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # W&B before 0.19 takes /tmp if it is missing
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         return trainer
@@ -251,6 +257,8 @@ def main(args: list[str] | None = None) -> None:
             sys.exit(certify.main(rest))
         elif command == "compare":
             sys.exit(import_module("lightning_modules.comparison.command").main(rest))  # which imports this module
+        elif command == "report":
+            sys.exit(import_module("lightning_modules.comparison.report").main(rest))
         elif command == "sweep":
             sys.exit(sweep.main(rest))
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):

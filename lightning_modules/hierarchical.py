@@ -18,7 +18,7 @@ from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.networks import MLPDecoder, MLPEncoder
 from lightning_modules.objectives import ELBO, Objective
-from lightning_modules.priors import Prior, kl_per_latent
+from lightning_modules.priors import Prior, kl_is_known, kl_per_latent
 from stochastic_layers import Sample, StochasticLayer
 from stochastic_layers.diagnostics import preserved
 
@@ -132,22 +132,12 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         iwae_samples: Mapping[str, int] | None = None,
     ) -> None:
-        options = dict(
+        super().__init__(
             layers=layers,
             encoder=encoder,
             decoder=decoder,
             prior=prior,
-            likelihood=likelihood,
-            objective=objective,
             hidden_features=tuple(hidden_features),
-            data_shape=tuple(data_shape),
-            lr=lr,
-            baseline_lr=baseline_lr,
-            optimizer=optimizer,
-            iwae_samples=iwae_samples,
-        )
-        super().__init__(
-            options,
             data_shape=data_shape,
             likelihood=likelihood,
             objective=objective,
@@ -186,15 +176,8 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
                     f"needed an encoder with outputs [N, {first.in_features}] for layer {first.name!r}, got "
                     f"{list(params.shape)}; its last layer has layer.in_features outputs."
                 )
-            output = self.decode(first.mode(params))
-            if list(output.shape) != [2, *self.output_shape]:
-                raise ValueError(
-                    f"needed a decoder with outputs [N, {', '.join(map(str, self.output_shape))}] for likelihood "
-                    f"{self.likelihood.name!r}, got {list(output.shape)}."
-                )
-            try:
-                kl_per_latent(last.distribution(torch.zeros(2, last.in_features)), self.prior(x.device))
-            except NotImplementedError:
+            self._check_decoder(first.mode(params))
+            if not kl_is_known(last.distribution(torch.zeros(2, last.in_features)), self.prior(x.device)):
                 return "monte_carlo"
         return "analytic" if first is last else "analytic at the top, monte_carlo below"
 

@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from stochastic_layers.families import Family
 
-__all__ = ["LearnedPrior", "Prior", "StandardPrior", "kl_per_latent"]
+__all__ = ["LearnedPrior", "Prior", "StandardPrior", "kl_is_known", "kl_per_latent"]
 
 
 class Prior(nn.Module, ABC):
@@ -71,3 +71,12 @@ def kl_per_latent(q: Distribution, prior: Distribution) -> Tensor:
     if isinstance(q, Independent) and isinstance(prior, Independent):
         return kl_divergence(q.base_dist, prior.base_dist)
     return kl_divergence(q, prior).unsqueeze(-1)
+
+
+def kl_is_known(q: Distribution, prior: Distribution) -> bool:
+    """Whether :func:`kl_per_latent` has a closed form for this pair of laws."""
+    try:
+        kl_per_latent(q, prior)
+    except NotImplementedError:
+        return False
+    return True

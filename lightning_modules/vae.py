@@ -16,7 +16,7 @@ from lightning_modules.build import build_decoder, build_encoder, build_layer, b
 from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.objectives import Objective, Terms
-from lightning_modules.priors import Prior, kl_per_latent
+from lightning_modules.priors import Prior, kl_is_known, kl_per_latent
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics, preserved
 
@@ -84,22 +84,12 @@ class VAE(LatentVariableModel[Terms]):
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         iwae_samples: Mapping[str, int] | None = None,
     ) -> None:
-        options = dict(
+        super().__init__(
             layer=layer,
             layer_options=layer_options,
             encoder=encoder,
             decoder=decoder,
             prior=prior,
-            likelihood=likelihood,
-            objective=objective,
-            data_shape=tuple(data_shape),
-            lr=lr,
-            baseline_lr=baseline_lr,
-            optimizer=optimizer,
-            iwae_samples=iwae_samples,
-        )
-        super().__init__(
-            options,
             data_shape=data_shape,
             likelihood=likelihood,
             objective=objective,
@@ -108,9 +98,8 @@ class VAE(LatentVariableModel[Terms]):
             optimizer=optimizer,
             iwae_samples=iwae_samples,
         )
-        with (
-            torch.random.fork_rng()
-        ):  # encoder and decoder start alike, whatever the layer draws for its own parameters
+        # encoder and decoder start alike, whatever the layer draws for its own parameters
+        with torch.random.fork_rng():
             torch.default_generator.manual_seed(int(torch.randint(2**62, ())))
             self.layer = build_layer(layer, layer_options)
         self.objective.check(self.layer)
@@ -142,20 +131,11 @@ class VAE(LatentVariableModel[Terms]):
                 )
             self.latent_shape = tuple(params.shape[1:-1])
             q = self.layer.distribution(params)
-            output = self.decode(self.layer.mode(params))
-            if list(output.shape) != [2, *self.output_shape]:
-                raise ValueError(
-                    f"needed a decoder with outputs [N, {', '.join(map(str, self.output_shape))}] for likelihood "
-                    f"{self.likelihood.name!r}, got {list(output.shape)}."
-                )
-            try:
-                kl_per_latent(q, self.prior(params.device))
-                kl_method = "analytic"
-            except NotImplementedError:
-                kl_method = "monte_carlo"
+            self._check_decoder(self.layer.mode(params))
+            known = kl_is_known(q, self.prior(params.device))
         for module, training in modes.items():
             module.training = training
-        return kl_method
+        return "analytic" if known else "monte_carlo"
 
     def encode(self, x: Tensor) -> Tensor:
         """Data ``[B, *data_shape]`` -> params ``[B, *positions, layer.in_features]``."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.noise import log_exponential
+from stochastic_layers.options import require_two
 from stochastic_layers.quadrature import gauss_legendre
 from stochastic_layers.registry import register
 
@@ -33,7 +35,7 @@ def copula_bits(logits: Tensor, num_samples: int) -> Tensor:
     """
     logits = logits.detach()
     shape = (num_samples, *logits.shape)
-    e = torch.empty(shape, dtype=logits.dtype, device=logits.device).exponential_()
+    e = log_exponential(shape, logits).exp_()
     finfo = torch.finfo(logits.dtype)
     others = 1 - e / e.sum(0).clamp_min(finfo.tiny)  # 1 - Dirichlet(1, ..., 1); its power K - 1 is uniform
     log_u = (num_samples - 1) * others.clamp_min(finfo.eps / 2).log()
@@ -157,8 +159,7 @@ class ARMS(StochasticLayer):
         copula: Literal["dirichlet", "gaussian"] = "dirichlet",
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
-        if num_samples < 2:
-            raise ValueError(f"needed num_samples >= 2, draws to compare with each other, got {num_samples}.")
+        require_two(num_samples)
         if copula not in ("dirichlet", "gaussian"):
             raise ValueError(f"needed copula 'dirichlet' or 'gaussian', got {copula!r}.")
         self.copula = copula

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["with_gradient_of", "with_value"]
+__all__ = ["kernels_usable", "with_gradient_of", "with_value"]
+
+
+def kernels_usable() -> bool:
+    """Whether an ``autograd.Function`` may stand for a formula.
+
+    Under ``torch.compile`` the formula is better: the compiler fuses its passes, and sees through it. Under the
+    transforms of ``torch.func`` it is needed, as it has a derivative in every mode.
+    """
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 class _WithValue(torch.autograd.Function):
@@ -30,7 +39,7 @@ def with_value(hard: Tensor, soft: Tensor) -> Tensor:
     """
     if soft.dim() < hard.dim():
         soft = soft.unsqueeze(0)  # for S = 1 nothing is left to expand, and backward to sum
-    if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
+    if not kernels_usable():
         return hard + (soft - soft.detach())
     result: Tensor = _WithValue.apply(soft.expand_as(hard), hard)  # type: ignore[no-untyped-call]
     return result

@@ -54,15 +54,17 @@ class LeaveOneOut(Baseline):
 
 
 @torch.no_grad()
-def mean_over_all_ranks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[n]`` of the rows ``[N, n]`` of all ranks of ``torch.distributed``, and their number ``[1]``.
+def mean_over_all_ranks(rows: Tensor) -> tuple[Tensor, Tensor | int]:
+    """Mean ``[n]`` of the rows ``[N, n]`` of all ranks of ``torch.distributed``, and their number (or ``[1]``).
 
     Every row counts the same, whatever rank has it; the mean of no rows is 0.
     """
-    moments = torch.cat([rows.sum(0), rows.new_full((1,), rows.shape[0])])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(moments)
-    return moments[:-1] / moments[-1].clamp_min(1), moments[-1:]
+    total, count = rows.sum(0), rows.shape[0]
+    if not (dist.is_available() and dist.is_initialized()):
+        return total / max(count, 1), count
+    moments = torch.cat([total, rows.new_full((1,), count)])
+    dist.all_reduce(moments)
+    return moments[:-1] / moments[-1:].clamp_min(1), moments[-1:]
 
 
 class RunningMean(nn.Module):
@@ -101,13 +103,14 @@ class RunningMean(nn.Module):
         self.accumulate(*mean_over_all_ranks(values.reshape(-1, self.total.shape[0])))
 
     @torch.no_grad()
-    def accumulate(self, mean: Tensor, count: Tensor) -> None:
-        """Count one step of which all ranks know the mean ``[n]`` and the number of rows ``[1]`` already."""
+    def accumulate(self, mean: Tensor, count: Tensor | int) -> None:
+        """Count one step of which all ranks know the mean ``[n]`` and the number of rows already."""
         refuse_recomputation("a running mean")
-        seen = (count > 0).to(self.weight.dtype)  # an empty batch changes nothing
-        rate = (1 - self.decay) * seen
-        self.total.mul_(1 - rate).add_(rate * mean)
-        self.weight.mul_(1 - rate).add_(rate)
+        dtype = self.total.dtype
+        # an empty batch changes nothing
+        rate = (1 - self.decay) * (count.to(dtype).clamp_max(1) if isinstance(count, Tensor) else min(count, 1))
+        self.total.lerp_(mean.to(dtype), rate)
+        self.weight.lerp_(torch.ones_like(self.weight), rate)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}"

@@ -148,16 +148,7 @@ class LocalReparameterizationLinear(_LocalReparameterization, _Linear):
     product. Rows are independent: not the joint law of several inputs under one network. A row is whatever the last
     dimension is counted along, so that the tokens of a sequence count as examples.
 
-    Args:
-        in_features: Size of the last dimension of the input ``[*batch, in_features]``.
-        out_features: Size of the last dimension of the output.
-        bias: Whether there is a bias; it is random like the weights.
-        prior_scale: Standard deviation of the prior of each weight.
-        initial_scale: Standard deviation of the posterior at the start.
-        sample_in_eval: Whether ``eval()`` draws, or uses the posterior means.
-
-    Raises:
-        ValueError: A scale is not positive.
+    It has the arguments and errors of :class:`ReparameterizationLinear`.
 
     References:
         Variational Dropout and the Local Reparameterization Trick (Diederik P. Kingma, Tim Salimans, Max Welling,
@@ -177,17 +168,7 @@ class LocalReparameterizationConv2d(_LocalReparameterization, _Conv2d):
     Positions are drawn independently: each output value has its exact law, but the correlation of neighbouring
     positions, which share weights, is dropped. :class:`FlipoutConv2d` keeps it.
 
-    Args:
-        in_channels: Channels of the input ``[B, in_channels, H, W]``.
-        out_channels: Channels of the output.
-        kernel_size: Size of the kernel.
-        prior_scale: Standard deviation of the prior of each weight.
-        initial_scale: Standard deviation of the posterior at the start.
-        sample_in_eval: Whether ``eval()`` draws, or uses the posterior means.
-        **options: Further arguments of ``torch.nn.Conv2d``: stride, padding, dilation, groups, bias.
-
-    Raises:
-        ValueError: A scale is not positive, or ``padding_mode`` is not ``"zeros"``.
+    It has the arguments and errors of :class:`ReparameterizationConv2d`.
     """
 
 
@@ -200,16 +181,7 @@ class FlipoutLinear(_Flipout, _Linear):
     tell. The gradient variance falls with the batch size down to a small floor, the shared magnitudes :math:`|E|`. The
     bias has a perturbation and signs of its own.
 
-    Args:
-        in_features: Size of the last dimension of the input ``[*batch, in_features]``.
-        out_features: Size of the last dimension of the output.
-        bias: Whether there is a bias; it is random like the weights.
-        prior_scale: Standard deviation of the prior of each weight.
-        initial_scale: Standard deviation of the posterior at the start.
-        sample_in_eval: Whether ``eval()`` draws weights, or uses the posterior means.
-
-    Raises:
-        ValueError: A scale is not positive.
+    It has the arguments and errors of :class:`ReparameterizationLinear`.
 
     References:
         Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches (Yeming Wen, Paul Vicol, Jimmy Ba,
@@ -226,17 +198,7 @@ class FlipoutLinear(_Flipout, _Linear):
 class FlipoutConv2d(_Flipout, _Conv2d):
     """Convolution by Flipout; all positions of an example share one draw of the weights; see :class:`FlipoutLinear`.
 
-    Args:
-        in_channels: Channels of the input ``[B, in_channels, H, W]``.
-        out_channels: Channels of the output.
-        kernel_size: Size of the kernel.
-        prior_scale: Standard deviation of the prior of each weight.
-        initial_scale: Standard deviation of the posterior at the start.
-        sample_in_eval: Whether ``eval()`` draws weights, or uses the posterior means.
-        **options: Further arguments of ``torch.nn.Conv2d``: stride, padding, dilation, groups, bias.
-
-    Raises:
-        ValueError: A scale is not positive, or ``padding_mode`` is not ``"zeros"``.
+    It has the arguments and errors of :class:`ReparameterizationConv2d`.
     """
 
 

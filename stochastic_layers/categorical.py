@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, OneHotCategorical
 from torch.distributions.utils import lazy_property
 
+from stochastic_layers.auxiliary import kernels_usable
+
 __all__ = [
     "draw_categorical",
     "draw_index",
@@ -18,6 +20,7 @@ __all__ = [
     "one_hot",
     "one_hot_categorical",
     "softmax",
+    "tempered_softmax",
 ]
 
 ONE_LEVEL = 24  # categories up to which the cumulative sum runs over all of them at once
@@ -37,6 +40,33 @@ def softmax(scores: Tensor) -> Tensor:
 def log_softmax(scores: Tensor) -> Tensor:
     """``scores.log_softmax(-1)``; see :func:`softmax`."""
     return scores.movedim(-1, 0).log_softmax(0).movedim(0, -1).contiguous() if _few(scores) else scores.log_softmax(-1)
+
+
+class _TemperedSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, scores: Tensor, temperature: Tensor) -> Tensor:
+        z = softmax(scores.div_(temperature))
+        ctx.save_for_backward(z, temperature)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        z, temperature = ctx.saved_tensors
+        if torch.is_grad_enabled() or _few(z):  # this gradient will itself be differentiated, or rows are short
+            return z * (grad - (grad * z).sum(-1, keepdim=True)) / temperature, None, None
+        return torch._softmax_backward_data(grad, z, -1, z.dtype).div_(temperature), None, None
+
+
+def tempered_softmax(logits: Tensor, scores: Tensor, temperature: Tensor) -> Tensor:
+    """``(scores / temperature).softmax(-1)`` in three passes, two of them in the memory of others.
+
+    Args:
+        logits: ``[1, *batch, C]`` that the scores are made of by adding noise; they receive the gradient.
+        scores: ``[S, *batch, C]`` without gradient; overwritten.
+        temperature: ``[1]`` without gradient.
+    """
+    z: Tensor = _TemperedSoftmax.apply(logits.expand(scores.shape), scores, temperature)  # type: ignore[no-untyped-call]
+    return z
 
 
 def draw_categorical(probs: Tensor, num_samples: int) -> Tensor:
@@ -63,26 +93,35 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
     count = probs.shape[-1]
     if count <= ONE_LEVEL:
         return _invert(probs, num_samples).movedim(-1, 0).unsqueeze(-1)
-    rows = math.isqrt(count)
+    width = math.isqrt(count)
     # a divisor near the root leaves the blocks a view; else empty categories are appended
-    rows = next((n for n in range(rows, rows // 4, -1) if count % n == 0), rows)
-    if count % rows:
-        probs = torch.nn.functional.pad(probs, (0, -count % rows))
-    # [..., rows, columns]; a block is a column, which is added fastest
-    blocks = probs.reshape(*probs.shape[:-1], rows, probs.shape[-1] // rows)
-    column = _invert(blocks.sum(-2), num_samples)  # [..., S]
-    wide = column.unsqueeze(-2).expand(*column.shape[:-1], rows, num_samples)
-    row = _invert(blocks.gather(-1, wide).transpose(-1, -2), 1)  # [..., S, 1]
-    return (row * blocks.shape[-1] + column.unsqueeze(-1)).movedim(-2, 0)
+    width = next((n for n in range(width, width // 4, -1) if count % n == 0), width)
+    if count % width:
+        probs = torch.nn.functional.pad(probs, (0, -count % width))
+    blocks = probs.reshape(-1, width)
+    totals = _row_sums(blocks).view(*probs.shape[:-1], probs.shape[-1] // width)
+    block = _invert(totals, num_samples)  # [..., S]
+    first = torch.arange(0, len(blocks), totals.shape[-1], device=probs.device).view(*probs.shape[:-1], 1)
+    members = blocks.index_select(0, (block + first).flatten()).view(*block.shape, width)
+    return (_invert(members, 1) + width * block.unsqueeze(-1)).movedim(-2, 0)
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    """``rows.sum(-1)`` of short rows ``[N, C]``; on a CPU as a product with ones, which takes half the time."""
+    exact = rows.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    if not exact or torch.compiler.is_compiling():
+        return rows.sum(-1)
+    return rows @ torch.ones(rows.shape[-1], dtype=rows.dtype)
 
 
 def _invert(weights: Tensor, num_samples: int) -> Tensor:
     """Draws in proportion to ``weights [..., C]`` by inversion of the cumulative sum: ``[..., S]``."""
     # mps has no float64
-    cdf = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1).unsqueeze(-2)
-    u = torch.rand(*cdf.shape[:-2], num_samples, 1, dtype=cdf.dtype, device=cdf.device)
+    cdf = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
+    u = torch.rand(*cdf.shape[:-1], num_samples, dtype=cdf.dtype, device=cdf.device)
     # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
-    index: Tensor = (cdf <= u * cdf[..., -1:]).sum(-1)
+    below = cdf.unsqueeze(-2) <= u.mul_(cdf[..., -1:]).unsqueeze(-1)
+    index: Tensor = below.sum(-1)
     return index
 
 
@@ -139,7 +178,7 @@ def log_prob_of_index(q: OneHotCategorical, index: Tensor) -> Tensor:
     law = q._categorical
     assert isinstance(law, _LazyCategorical)
     scores, index = law.scores, index.squeeze(-1).movedim(0, -1)  # [..., S]
-    if torch.compiler.is_compiling():  # the compiler fuses the passes of a formula, and sees through it
+    if not kernels_usable():
         return q.logits.gather(-1, index).movedim(-1, 0)
     result: Tensor = _LogProbOfIndex.apply(scores, q.probs.detach(), index)  # type: ignore[no-untyped-call]
     return result.movedim(-1, 0)

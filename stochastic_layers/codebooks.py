@@ -112,7 +112,6 @@ class LearnedCodebook(NearestCodes):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """k-means on the first batch ``[N, D]``; later calls return at once."""
-        refuse_recomputation("a codebook")
         _initialize(self.anchors, self.counts, torch.zeros_like(self.anchors), self.initialized, x.detach())
 
     @torch.no_grad()
@@ -163,7 +162,6 @@ class Codebook(NearestCodes):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """k-means on the first batch ``[N, D]``; later calls return at once."""
-        refuse_recomputation("a codebook")
         _initialize(self.vectors, self.counts, self.sums, self.initialized, x.detach())
 
     @torch.no_grad()
@@ -183,6 +181,9 @@ class Codebook(NearestCodes):
     schema="(Tensor(a!) vectors, Tensor(b!) counts, Tensor(c!) sums, Tensor(d!) initialized, Tensor x) -> ()",
 )
 def _initialize(vectors: Tensor, counts: Tensor, sums: Tensor, initialized: Tensor, x: Tensor) -> None:
+    # Compiled code does not see that a region around it is computed again, and would quantise with codes of after the
+    # update; this code runs then. Where Python runs, a recomputation does not come here.
+    refuse_recomputation("a codebook under torch.compile")
     if bool(initialized):
         return
     rows = _joined(x.to(vectors.dtype))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stochastic_layers.options import check_positive_int
+
 __all__ = [
     "CellCodes",
     "Codes",
@@ -20,17 +22,6 @@ __all__ = [
     "check_positive_int",
     "perplexity",
 ]
-
-
-def check_positive_int(name: str, value: object) -> int:
-    """Return ``value`` if it is a whole number of 1 or more.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"needed {name} >= 1, got {value!r}.")
-    return value
 
 
 def perplexity(indices: Tensor) -> Tensor:

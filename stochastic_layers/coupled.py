@@ -9,12 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stochastic_layers.binary_codes import Decoder, decode_tree, ordered_sticks, tree_logits
+from stochastic_layers.binary_codes import decode_tree, ordered_sticks, tree_logits
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
 
 __all__ = ["ARM", "DisARM", "DisARMBase", "DisARMTree", "PairLayer"]
+
+
+_Decoder = Callable[[Tensor], tuple[Tensor, "Tensor | None"]]
 
 
 def _antithetic_noise(logits: Tensor, num_pairs: int) -> Tensor:
@@ -118,17 +121,17 @@ class DisARMBase(PairLayer):
     """Base of DisARM layers: a subclass says by which bits its variables are written."""
 
     @abstractmethod
-    def code(self, params: Tensor) -> tuple[Tensor, Decoder]:
-        """Bit logits ``[*batch, ...]`` with graph, and the function from bits to z and the bits that it looked at."""
+    def code(self, params: Tensor) -> tuple[Tensor, _Decoder]:
+        """Bit logits ``[*batch, ...]`` with graph, the function from bits to z and what it looked at (None: all)."""
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         logits, decode = self.code(params)
         b, b_tilde = _antithetic_bits(logits, _antithetic_noise(logits, self.num_samples // 2))
-        (z, reached), (z_tilde, reached_tilde) = decode(b), decode(b_tilde)
+        z, reached = decode(torch.cat([b, b_tilde]))
+        weight = 0.5 * (b - b_tilde) * torch.sigmoid(logits.detach().abs())
         # a bit that neither point looked at is a fair sign: its conditional expectation is zero
-        looked_at = torch.maximum(reached, reached_tilde)
-        weight = 0.5 * (b - b_tilde) * torch.sigmoid(logits.detach().abs()) * looked_at
-        z = torch.cat([z, z_tilde])
+        if reached is not None:
+            weight = weight * torch.maximum(*reached.chunk(2))
         if isinstance(self.family, CategoricalFamily):
             z = z.flatten(-2)
         return self._sample(self.law(params), z, credit=_pair_credit(logits, weight))
@@ -195,10 +198,10 @@ class DisARM(DisARMBase):
             raise ValueError(f"needed order 'ascending', 'descending' or 'given', got {order!r}.")
         self.order = order
 
-    def code(self, params: Tensor) -> tuple[Tensor, Decoder]:
+    def code(self, params: Tensor) -> tuple[Tensor, _Decoder]:
         if isinstance(self.family, CategoricalFamily):
             return ordered_sticks(self.family.unflatten(params), self.order)
-        return params, lambda bits: (bits, torch.ones_like(bits))
+        return params, lambda bits: (bits, None)
 
 
 @register("disarm_tree")
@@ -243,7 +246,7 @@ class DisARMTree(DisARMBase):
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
 
-    def code(self, params: Tensor) -> tuple[Tensor, Decoder]:
+    def code(self, params: Tensor) -> tuple[Tensor, _Decoder]:
         assert isinstance(self.family, CategoricalFamily)
         logits = self.family.unflatten(params)
         return tree_logits(logits), lambda bits: decode_tree(bits, logits.shape[-1])

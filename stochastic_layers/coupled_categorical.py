@@ -12,6 +12,7 @@ from stochastic_layers.arms import copula_bits, independence_ratio
 from stochastic_layers.binary_codes import ordered_sticks
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.options import require_two
 from stochastic_layers.registry import register
 
 __all__ = ["ARSM", "CARMS", "pair_ratios"]
@@ -90,8 +91,7 @@ class CARMS(StochasticLayer):
         self, latent_dim: int, *, num_categories: int | None = None, family: str = "categorical", num_samples: int = 4
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
-        if num_samples < 2:
-            raise ValueError(f"needed num_samples >= 2, draws to compare with each other, got {num_samples}.")
+        require_two(num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         assert isinstance(self.family, CategoricalFamily)

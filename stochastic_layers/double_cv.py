@@ -15,6 +15,7 @@ from stochastic_layers.control_variates import (
     mean_point,
 )
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import require_two
 from stochastic_layers.registry import register
 
 __all__ = ["DoubleControlVariate", "OptimalCoefficients"]
@@ -144,15 +145,3 @@ class DoubleControlVariate(StochasticLayer):
 def from_others(value: Tensor) -> Tensor:
     """Each draw's value minus the mean of the others' ``[S, *leading]``."""
     return (value - value.mean(0)) * (value.shape[0] / (value.shape[0] - 1))
-
-
-def require_two(num_samples: int) -> None:
-    """Refuse a single draw.
-
-    Raises:
-        ValueError: ``num_samples < 2``.
-    """
-    if num_samples < 2:
-        raise ValueError(
-            f"needed num_samples >= 2, got {num_samples}: each draw is compared with the others. Raise it."
-        )

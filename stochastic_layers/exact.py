@@ -11,6 +11,7 @@ from torch.nn import functional
 from stochastic_layers.categorical import log_softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register
 
 __all__ = ["Enumeration", "JointLayer"]
@@ -46,8 +47,7 @@ class JointLayer(StochasticLayer):
         max_outcomes: int,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
-        if not isinstance(max_outcomes, int) or isinstance(max_outcomes, bool) or max_outcomes < 1:
-            raise ValueError(f"needed max_outcomes >= 1, got {max_outcomes!r}.")
+        check_positive_int("max_outcomes", max_outcomes)
         radix = num_categories or 2
         # the exponent is looked at first, so that no astronomical power is computed or printed
         if latent_dim > max_outcomes.bit_length() or radix**latent_dim > max_outcomes:

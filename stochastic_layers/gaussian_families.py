@@ -12,6 +12,7 @@ from torch.distributions import Distribution, LowRankMultivariateNormal, Multiva
 
 from stochastic_layers.continuous_families import ContinuousFamily, standard_normal
 from stochastic_layers.families import MAX_LOG_VARIANCE, gaussian_nodes, register_family
+from stochastic_layers.options import check_positive_int
 
 __all__ = ["FullGaussianFamily", "LowRankGaussianFamily"]
 
@@ -90,9 +91,7 @@ class LowRankGaussianFamily(_MultivariateGaussian):
 
     def __init__(self, latent_dim: int, num_categories: int | None = None, *, rank: int = 1) -> None:
         super().__init__(latent_dim, num_categories)
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"needed rank >= 1, got {rank!r}; 1 to 10 is usual, 'gaussian_full' has no limit.")
-        self.rank = rank
+        self.rank = check_positive_int("rank", rank, "1 to 10 is usual, 'gaussian_full' has no limit")
 
     def check(self, params: Tensor, low: float, high: float) -> None:
         super().check(params, low, high)

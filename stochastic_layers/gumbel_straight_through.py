@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stochastic_layers.auxiliary import with_value
+from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import log_exponential
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
@@ -18,8 +22,11 @@ __all__ = [
     "GappedStraightThrough",
     "GumbelRao",
     "StraightThroughGumbel",
+    "Term",
     "conditional_gumbel",
     "conditional_logistic",
+    "conditional_magnitude",
+    "with_slope",
 ]
 
 
@@ -78,6 +85,66 @@ class StraightThroughGumbel(GumbelSoftmax):
             learn_temperature=learn_temperature,
             hard=True,
         )
+
+
+class Term(NamedTuple):
+    r"""A part of a matrix by which the cost's slope is multiplied, symmetric and constant.
+
+    Attributes:
+        weight: ``[1]``.
+        values: Points y ``[K, S, *batch, L, C]``, whose Jacobians :math:`\mathrm{diag}(y) - y y^\top` are added, or
+            the sum itself ``[S, *batch, L, C, C]``.
+        is_matrix: Which of the two.
+    """
+
+    weight: Tensor
+    values: Tensor
+    is_matrix: bool = False
+
+    def times(self, vector: Tensor) -> Tensor:
+        """The product with a vector ``[S, *batch, L, C]``."""
+        if self.is_matrix:
+            product = (self.values @ vector.unsqueeze(-1)).squeeze(-1)
+        else:
+            mean = (self.values * vector).sum(-1, keepdim=True)
+            product = (vector - mean).mul_(self.values).sum(0)
+        return self.weight * product
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, hard: Tensor, are_matrices: list[bool], *tensors: Tensor) -> Tensor:
+        ctx.are_matrices = are_matrices
+        ctx.save_for_backward(*tensors)
+        return hard.view_as(hard)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        terms = map(Term, tensors[::2], tensors[1::2], ctx.are_matrices)
+        return sum_of_products(terms, grad), None, None, *[None] * len(tensors)
+
+
+def sum_of_products(terms: Iterable[Term], vector: Tensor) -> Tensor:
+    """The sum of the terms times a vector."""
+    return torch.stack([term.times(vector) for term in terms]).sum(0)
+
+
+def with_slope(hard: Tensor, logits: Tensor, terms: Sequence[Term]) -> Tensor:
+    """The value of ``hard``, and the sum of the terms as its derivative.
+
+    Args:
+        hard: ``[S, *batch, L, C]``, without gradient.
+        logits: ``[*batch, L, C]``, which receive the gradient.
+        terms: What the gradient is multiplied by; not differentiated.
+    """
+    logits = logits.unsqueeze(0)  # for S = 1 nothing is left to expand, and backward to sum
+    if not kernels_usable():
+        return hard + sum_of_products(terms, (logits - logits.detach()).expand_as(hard))
+    tensors = [tensor for term in terms for tensor in (term.weight, term.values)]
+    are_matrices = [term.is_matrix for term in terms]
+    result: Tensor = _WithSlope.apply(logits.expand_as(hard), hard, are_matrices, *tensors)  # type: ignore[no-untyped-call]
+    return result
 
 
 @register("gumbel_rao")
@@ -139,47 +206,40 @@ class GumbelRao(TemperedLayer):
             num_samples=num_samples,
             temperature=temperature,
         )
-        if not isinstance(num_replicates, int) or isinstance(num_replicates, bool) or num_replicates < 1:
-            raise ValueError(f"needed num_replicates >= 1, got {num_replicates!r}; 10 is usual.")
-        self.num_replicates = num_replicates
+        self.num_replicates = check_positive_int("num_replicates", num_replicates, "10 is usual")
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
         hard = self.family.sample(q, self.num_samples)
-        zero = params - params.detach()  # value zero, gradient that of the logits
         if isinstance(self.family, CategoricalFamily):
-            one_hot = self.family.unflatten(hard)
-            log_probs = log_softmax(self.family.unflatten(params.detach()))
-            step = self._category_step(log_probs, one_hot, self.family.unflatten(zero)).flatten(-2)
-        else:
-            step = self._bit_slope(params.detach(), hard) * zero
-        return self._sample(q, hard + step)
+            logits, one_hot = self.family.unflatten(params), self.family.unflatten(hard)
+            terms = self._terms(log_softmax(logits.detach()), one_hot)
+            return self._sample(q, with_slope(one_hot, logits, terms).flatten(-2))
+        return self._sample(q, hard + self._bit_slope(params.detach(), hard) * (params - params.detach()))
 
-    def _category_step(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
-        """The estimator's matrix applied to zero: ``[S, *batch, L, C]``."""
-        return self._mean_jacobian(log_probs, one_hot, zero) / self.temperature.to(zero.dtype)
+    def _terms(self, log_probs: Tensor, one_hot: Tensor) -> list[Term]:
+        """The estimator's matrix ``[S, *batch, L, C, C]`` as a sum of Jacobians."""
+        replicates, categories = self.num_replicates, log_probs.shape[-1]
+        weight = 1 / (replicates * self.temperature.to(log_probs.dtype))
+        if replicates <= categories:  # R vectors are smaller than one matrix
+            return [Term(weight, self._points(log_probs, one_hot, replicates))]
+        matrix = one_hot.new_zeros(*one_hot.shape, categories)
+        for start in range(0, replicates, categories):
+            draws = self._points(log_probs, one_hot, min(categories, replicates - start))
+            matrix.diagonal(dim1=-2, dim2=-1).add_(draws.sum(0))
+            matrix -= torch.einsum("r...i,r...j->...ij", draws, draws)
+        return [Term(weight, matrix, is_matrix=True)]
 
     def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
         """The estimator's factor of the cost's slope: ``[S, *batch, L]``."""
-        scores = conditional_logistic(logits, bits, self.num_replicates).div_(self.temperature.to(logits.dtype))
-        return (scores.sigmoid() * (-scores).sigmoid()).mean(0) / self.temperature.to(logits.dtype)
+        temperature = self.temperature.to(logits.dtype)
+        soft = conditional_magnitude(logits, bits, self.num_replicates).div_(-temperature).sigmoid_()
+        # the slope is even in the score: of a negative one the sigmoid is small, and 1 less it loses nothing
+        return torch.addcmul(soft, soft, soft, value=-1).mean(0) / temperature
 
     def _points(self, log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
         """Relaxed draws given z ``[count, S, *batch, L, C]`` at which the Jacobian of the softmax is taken."""
         return softmax(conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)))
-
-    def _mean_jacobian(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
-        """Mean over the redraws of J at their points, applied to zero."""
-        replicates, categories = self.num_replicates, log_probs.shape[-1]
-        if replicates <= categories:  # R vectors are smaller than one matrix
-            draws = self._points(log_probs, one_hot, replicates)
-            return draws.mean(0) * zero - (draws * (draws * zero).sum(-1, keepdim=True)).mean(0)
-        total, outer = torch.zeros_like(one_hot), one_hot.new_zeros(*one_hot.shape, categories)
-        for start in range(0, replicates, categories):
-            draws = self._points(log_probs, one_hot, min(categories, replicates - start))
-            total += draws.sum(0)
-            outer += torch.einsum("r...i,r...j->...ij", draws, draws)
-        return (total * zero - (outer @ zero.unsqueeze(-1)).squeeze(-1)) / replicates
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_replicates={self.num_replicates}"
@@ -188,22 +248,29 @@ class GumbelRao(TemperedLayer):
 def conditional_gumbel(log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
     """Draws of ``log_probs + G`` given that their argmax is ``one_hot``: ``[count, *one_hot.shape]``.
 
-    The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it.
+    The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it. Of a category whose
+    probability underflows it is minus infinity.
     """
     noise = log_exponential((count, *one_hot.shape), one_hot)
     index = one_hot.argmax(-1, keepdim=True).expand(count, *one_hot.shape[:-1], 1)
     largest = noise.gather(-1, index)
-    return torch.logaddexp(noise - log_probs, largest).scatter_(-1, index, largest).neg_()
+    # -log(E_i / p_i + E_max); torch's logaddexp takes several times as long
+    lower = noise.sub_(log_probs).exp_().add_(largest.exp()).log_()
+    return lower.scatter_(-1, index, largest).neg_()
 
 
 def conditional_logistic(logits: Tensor, bits: Tensor, count: int) -> Tensor:
     """Draws of ``logits`` plus logistic noise given their sign, ``bits``: ``[count, *bits.shape]``."""
-    sign = 2 * bits - 1
-    margin = sign * logits
+    return conditional_magnitude(logits, bits, count).mul_(2 * bits - 1)
+
+
+def conditional_magnitude(logits: Tensor, bits: Tensor, count: int) -> Tensor:
+    """The absolute values of :func:`conditional_logistic`."""
+    margin = (2 * bits - 1) * logits
     u = torch.rand(count, *bits.shape, dtype=bits.dtype, device=bits.device)
     # inversion: P(score > x | score > 0) = sigmoid(margin - x) / sigmoid(margin) = u, in log space
-    log_tail = u.clamp_(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2).log_() + logsigmoid(margin)
-    return (margin - log_tail + torch.log(-torch.expm1(log_tail))).clamp_min_(0).mul_(sign)
+    log_tail = u.clamp_(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2).log_().add_(logsigmoid(margin))
+    return log_tail.expm1().neg_().log_().sub_(log_tail).add_(margin).clamp_min_(0)
 
 
 @register("gapped_straight_through")
@@ -271,16 +338,17 @@ class GappedStraightThrough(TemperedLayer):
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
         hard = self.family.sample(q, self.num_samples)
-        zero = params - params.detach()
         temperature = self.temperature.to(params.dtype)
         if isinstance(self.family, CategoricalFamily):
-            logits, one_hot = self.family.unflatten(params.detach()), self.family.unflatten(hard)
-            top = logits.amax(-1, keepdim=True)
-            moved = torch.where(one_hot > 0, top, torch.minimum(logits, top - self.gap))
-            soft = softmax((moved + self.family.unflatten(zero)) / temperature).flatten(-2)
-        else:  # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
-            sign = 2 * hard - 1
-            soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
+            logits, one_hot = self.family.unflatten(params), self.family.unflatten(hard)
+            values = logits.detach()
+            top = values.amax(-1, keepdim=True)
+            moved = torch.where(one_hot > 0, top, torch.minimum(values, top - self.gap))
+            terms = [Term(1 / temperature, softmax(moved.div_(temperature)).unsqueeze(0))]
+            return self._sample(q, with_slope(one_hot, logits, terms).flatten(-2))
+        # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
+        sign, zero = 2 * hard - 1, params - params.detach()
+        soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
         return self._sample(q, with_value(hard, soft))
 
     def extra_repr(self) -> str:

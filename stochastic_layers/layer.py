@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 from stochastic_layers.auxiliary import with_gradient_of
 from stochastic_layers.families import Family, create_family
-from stochastic_layers.recomputation import recomputing
+from stochastic_layers.recomputation import recomputing, refuse_reentrant
 from stochastic_layers.registry import nearest
 
 __all__ = ["Sample", "StochasticLayer", "sum_rightmost"]
@@ -252,7 +252,9 @@ class StochasticLayer(nn.Module, ABC):
         """
         samples = captured.get()
         needs_cost = "cost" in self.needs and self.training and torch.is_grad_enabled()
-        if samples is None and needs_cost and not recomputing():  # a recomputation is of a call that was captured
+        if needs_cost and recomputing():  # a recomputation is of a call that was captured
+            refuse_reentrant()
+        elif samples is None and needs_cost:
             raise RuntimeError(
                 f"{self.name or type(self).__name__!r} gets its gradient from the cost and was called outside "
                 "sl.capture(): the encoder would not train. Write `with sl.capture() as samples: ...` and "

@@ -1,4 +1,4 @@
-"""The diagonal Gaussian in terms of its log-variance: fewer passes than through its scale, forward and backward."""
+"""The diagonal Gaussian in terms of its log-variance: one exponential and few passes, forward and backward."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence, register_kl
+from torch.distributions.utils import lazy_property
 
 __all__ = ["DiagonalNormal", "LogVarianceNormal", "StandardNormal"]
 
@@ -22,19 +23,32 @@ class LogVarianceNormal(Normal):
 
     def __init__(self, loc: Tensor, log_variance: Tensor) -> None:
         self.loc, self.log_variance = loc, log_variance
-        self._variance = log_variance.exp()
-        self.scale = self._variance.sqrt()
         Distribution.__init__(self, loc.shape, validate_args=False)
+
+    @lazy_property
+    def scale(self) -> Tensor:
+        return (0.5 * self.log_variance).exp()
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogVarianceNormal:
         return LogVarianceNormal(self.loc.expand(batch_shape), self.log_variance.expand(batch_shape))
 
     @property
     def variance(self) -> Tensor:
-        return self._variance
+        return self.scale.square()
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        loc, scale = self.loc, self.scale
+        noise = torch.randn(*sample_shape, *loc.shape, dtype=loc.dtype, device=loc.device)
+        if tuple(sample_shape) == (1,):  # with nothing to expand, and backward to sum
+            loc, scale = loc.unsqueeze(0), scale.unsqueeze(0)
+        return torch.addcmul(loc, scale, noise)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        distance = (value - self.loc).square() / self._variance
+        distance = (value - self.loc).square() / self.variance
         return (distance + self.log_variance).add_(math.log(2 * math.pi)).mul_(-0.5)
 
     def entropy(self) -> Tensor:
@@ -65,7 +79,7 @@ class DiagonalNormal(Independent):  # type: ignore[type-arg]
 
 
 def _excess(q: LogVarianceNormal) -> Tensor:
-    return q.loc.square() + (q.variance - q.log_variance)
+    return torch.addcmul(q.loc * q.loc - q.log_variance, q.scale, q.scale)
 
 
 @register_kl(LogVarianceNormal, StandardNormal)  # type: ignore[no-untyped-call,untyped-decorator]
@@ -77,5 +91,5 @@ def _kl_to_standard(q: LogVarianceNormal, p: StandardNormal) -> Tensor:
 def _kl_of_vectors(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
     base, prior = q.base_dist, p.base_dist
     if isinstance(base, LogVarianceNormal) and isinstance(prior, StandardNormal):
-        return (_excess(base).sum(-1) - q.event_shape[0]) * 0.5
+        return _excess(base).sum(-1).sub_(q.event_shape[0]).mul_(0.5)
     return kl_divergence(base, prior).sum(-1)

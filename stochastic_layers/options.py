@@ -1,4 +1,4 @@
-"""Options of layers against the annotations of their constructors: what no constructor should have to look for."""
+"""Options of layers: what several constructors check, and what none should have to, by their annotations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,37 @@ from numbers import Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_kinds", "check_values"]
+__all__ = ["check_kinds", "check_positive_int", "check_values", "require_two"]
 
 LARGEST = 2**31 - 1  # no size of a layer is larger; torch and Python loops would answer in ways of their own
+
+
+def check_positive_int(name: str, value: object, advice: str = "") -> int:
+    """Return ``value`` if it is a whole number of 1 or more.
+
+    Args:
+        name: Of the option, for the message.
+        value: Of the option.
+        advice: What is usual or what to do instead, for the message.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"needed {name} >= 1, got {value!r}{'; ' if advice else ''}{advice}.")
+    return value
+
+
+def require_two(num_samples: int) -> None:
+    """Refuse a single draw.
+
+    Raises:
+        ValueError: ``num_samples < 2``.
+    """
+    if num_samples < 2:
+        raise ValueError(
+            f"needed num_samples >= 2, got {num_samples}: each draw is compared with the others. Raise it."
+        )
 
 
 def check_kinds(name: str, constructor: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -129,15 +129,6 @@ class Gaussian(Pathwise):
     def __init__(self, latent_dim: int, *, family: str = "gaussian", num_samples: int = 1) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
 
-    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.law(params)
-        assert isinstance(q, Independent)
-        loc, scale = q.base_dist.loc, q.base_dist.scale
-        if self.num_samples == 1:  # without a dimension that is broadcast, and summed over in backward
-            return self._sample(q, (loc + scale * torch.randn_like(scale)).unsqueeze(0))
-        noise = torch.randn(self.num_samples, *scale.shape, dtype=scale.dtype, device=scale.device)
-        return self._sample(q, loc + scale * noise)
-
 
 @register("antithetic")
 class Antithetic(StochasticLayer):

@@ -9,6 +9,7 @@ from torch.distributions import Poisson as PoissonDistribution
 
 from stochastic_layers.families import Family, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.quadrature import product_rule
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
@@ -126,9 +127,7 @@ class Poisson(TemperedLayer):
         max_arrivals: int = 16,
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples, temperature=temperature)
-        if not isinstance(max_arrivals, int) or isinstance(max_arrivals, bool) or max_arrivals < 1:
-            raise ValueError(f"needed max_arrivals >= 1, got {max_arrivals!r}; 16 is usual.")
-        self.max_arrivals = max_arrivals
+        self.max_arrivals = check_positive_int("max_arrivals", max_arrivals, "16 is usual")
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)

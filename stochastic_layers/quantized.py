@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from stochastic_layers.codebooks import Codebook
 from stochastic_layers.codes import Codes, ResidualCodes, check_positive_int, perplexity
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.point_mass import PointMass, QuantizedFamily
+from stochastic_layers.recomputation import Pass, Passes, recomputing
 from stochastic_layers.registry import register
 
 __all__ = [
@@ -63,6 +64,8 @@ class QuantizedLayer(StochasticLayer):
         self.codes = codes
         self.family: QuantizedFamily = QuantizedFamily(latent_dim, codes=codes)
         self.commitment_weight = check_weight("commitment_weight", commitment_weight)
+        self.passes = Passes()
+        self._adapts = type(codes).update is not Codes.update
 
     @property
     def code_dim(self) -> int:
@@ -105,15 +108,37 @@ class QuantizedLayer(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         x = self.family.unflatten(params)  # [*batch, latent_dim, code_dim]
-        learns = self.training and torch.is_grad_enabled()
+        if not (self._adapts and torch.is_grad_enabled()):
+            return self._quantize(x, lambda indices: None)
+        if recomputing():
+            earlier = self.passes.find(x)
+            with earlier.buffers_of_then(self.codes):
+                return self._quantize(x, lambda indices: earlier.skip_update())
+        return self._learn(x)
+
+    def _learn(self, x: Tensor) -> Sample:
+        """Quantise x and let the codes learn from it; the sample is made with the codes as they were before."""
         rows = x.detach().reshape(-1, self.code_dim)
-        if learns:
-            self.codes.initialize(rows)
+        this = None if torch.compiler.is_compiling() else Pass(x)
+        self.codes.initialize(rows)
+        if this is not None:
+            this.keep(self.codes)
+
+        def update(indices: Tensor) -> None:
+            self.codes.update(rows, indices.reshape(-1, *self.codes.index_shape))
+            if this is not None:
+                this.updated()
+
+        sample = self._quantize(x, update)
+        if this is not None:
+            self.passes.add(this, sample.z)
+        return sample
+
+    def _quantize(self, x: Tensor, update: Callable[[Tensor], None]) -> Sample:
         indices = self.codes.indices(x.detach())
         hard = self.codes.decode(indices, x.dtype)
         aux = self.penalties(x, hard, indices)
-        if learns:
-            self.codes.update(rows, indices.reshape(-1, *self.codes.index_shape))
+        update(indices)
         z = self.pass_gradient(x, hard).flatten(-2)
         return self._sample(PointMass(hard.detach().flatten(-2)), z.unsqueeze(0), aux=aux)
 

@@ -7,28 +7,27 @@ import math
 import torch
 from torch import Tensor
 
-from stochastic_layers.gumbel_straight_through import GumbelRao, conditional_gumbel, conditional_logistic
+from stochastic_layers.categorical import softmax
+from stochastic_layers.gumbel_straight_through import GumbelRao, Term, conditional_gumbel, conditional_logistic
 from stochastic_layers.registry import register
 
 __all__ = ["ReinMaxCV", "ReinMaxRao"]
 
 
-def softmax_jacobian(point: Tensor, vector: Tensor) -> Tensor:
-    """J(p) v for J(p) = diag(p) - p p^T ``[..., C]``."""
-    return point * (vector - (point * vector).sum(-1, keepdim=True))
-
-
 def middle_logits(log_probs: Tensor, one_hot: Tensor) -> Tensor:
     """log of (p + z) / 2 ``[..., C]``, finite where p underflows."""
-    return torch.logaddexp(log_probs, one_hot.log()) - math.log(2)
+    return torch.where(one_hot > 0, log_probs.exp().log1p(), log_probs).sub_(math.log(2))
+
+
+def _scaled(terms: list[Term], factor: float) -> list[Term]:
+    return [term._replace(weight=factor * term.weight) for term in terms]
 
 
 def middle_bit_logits(logits: Tensor, bits: Tensor) -> Tensor:
     """The logit of (p + z) / 2 for a bit."""
-    ones, zeros = bits.log(), (1 - bits).log()
-    return torch.logaddexp(torch.nn.functional.logsigmoid(logits), ones) - torch.logaddexp(
-        torch.nn.functional.logsigmoid(-logits), zeros
-    )
+    sign = 2 * bits - 1
+    margin = sign * logits  # of the value that was drawn: of its probability s are made the odds (1 + s) / (1 - s)
+    return sign * (margin.sigmoid().log1p() - torch.nn.functional.logsigmoid(-margin))
 
 
 @register("reinmax_rao")
@@ -72,9 +71,10 @@ class ReinMaxRao(GumbelRao):
         "https://arxiv.org/abs/2603.08257"
     )
 
-    def _category_step(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
-        smooth = super()._category_step(middle_logits(log_probs, one_hot), one_hot, zero)
-        return 2 * smooth - 0.5 * softmax_jacobian(log_probs.exp(), zero)
+    def _terms(self, log_probs: Tensor, one_hot: Tensor) -> list[Term]:
+        smooth = super()._terms(middle_logits(log_probs, one_hot), one_hot)
+        probs = log_probs.exp()
+        return [*_scaled(smooth, 2.0), Term(probs.new_full((1,), -0.5), probs[None, None])]
 
     def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
         smooth = super()._bit_slope(middle_bit_logits(logits, bits), bits)
@@ -146,14 +146,17 @@ class ReinMaxCV(GumbelRao):
             raise ValueError(f"needed a finite eta, got {eta}; 0.5 to 1.5 is usual.")
         self.eta = float(eta)
 
-    def _category_step(self, log_probs: Tensor, one_hot: Tensor, zero: Tensor) -> Tensor:
+    def _terms(self, log_probs: Tensor, one_hot: Tensor) -> list[Term]:
         middle, probs = middle_logits(log_probs, one_hot), log_probs.exp()
-        heun = 2 * softmax_jacobian((probs + one_hot) / 2, zero) - 0.5 * softmax_jacobian(probs, zero)
         # the noise of the draw, given the draw, under the logits that it was drawn with; then under those of the middle
-        scores = conditional_gumbel(log_probs, one_hot, 1).squeeze(0) + (middle - log_probs)
-        temperature = self.temperature.to(zero.dtype)
-        noisy = softmax_jacobian((scores / temperature).softmax(-1), zero) / temperature
-        return heun + self.eta * (super()._category_step(middle, one_hot, zero) - noisy)
+        scores = conditional_gumbel(log_probs, one_hot, 1).add_(middle - log_probs)
+        temperature = self.temperature.to(scores.dtype)
+        return [
+            Term(probs.new_full((1,), 2.0), ((probs + one_hot) / 2).unsqueeze(0)),
+            Term(probs.new_full((1,), -0.5), probs[None, None]),
+            *_scaled(super()._terms(middle, one_hot), self.eta),
+            Term(-self.eta / temperature, softmax(scores.div_(temperature))),
+        ]
 
     def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
         probs, rest = logits.sigmoid(), (-logits).sigmoid()

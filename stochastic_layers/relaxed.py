@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from stochastic_layers.auxiliary import with_value
-from stochastic_layers.categorical import one_hot, softmax
+from stochastic_layers.auxiliary import kernels_usable, with_value
+from stochastic_layers.categorical import one_hot, softmax, tempered_softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.noise import log_exponential, logistic
@@ -156,21 +156,22 @@ class GumbelSoftmax(TemperedLayer):
         self.hard = hard
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.law(params)
-        scores = perturbed(self.family, params, self.num_samples)
-        # hard draws come from the scores and not from the soft draw, whose largest entries may tie after rounding
-        if isinstance(self.family, CategoricalFamily):
+        q, family, temperature = self.law(params), self.family, self.temperature.to(params.dtype)
+        fused = kernels_usable() and not temperature.requires_grad
+        if isinstance(family, CategoricalFamily):
+            scores = perturbed(family, params.detach() if fused else params, self.num_samples)
+            # hard draws are those of the scores: of the soft draw the largest entries may tie after rounding
             hard = one_hot(scores.detach().argmax(-1, keepdim=True), scores).flatten(-2) if self.hard else None
-            z = softmax(self._tempered(scores)).flatten(-2)
+            if fused:
+                z = tempered_softmax(family.unflatten(params.unsqueeze(0)), scores, temperature).flatten(-2)
+            else:
+                z = softmax(scores / temperature).flatten(-2)
         else:
+            scores = perturbed(family, params, self.num_samples)
             hard = (scores.detach() > 0).to(scores.dtype) if self.hard else None
-            z = self._tempered(scores).sigmoid()
+            # in their own memory where no gradient asks for them
+            z = (scores.div_(temperature) if fused else scores / temperature).sigmoid()
         return self._sample(q, z if hard is None else with_value(hard, z))
-
-    def _tempered(self, scores: Tensor) -> Tensor:
-        """The scores over the temperature; in their own memory where no gradient asks for them."""
-        temperature = self.temperature.to(scores.dtype)
-        return scores / temperature if temperature.requires_grad else scores.div_(temperature)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hard={self.hard}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
+from stochastic_layers.auxiliary import kernels_usable
 from stochastic_layers.control_variates import (
     CostMoments,
     RelativeVariance,
@@ -14,11 +18,43 @@ from stochastic_layers.control_variates import (
     joined,
     mean_point,
 )
-from stochastic_layers.double_cv import OptimalCoefficients, from_others, require_two
+from stochastic_layers.double_cv import OptimalCoefficients, from_others
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import require_two
 from stochastic_layers.registry import register
 
 __all__ = ["Rodeo"]
+
+
+CHUNK = 2048  # points of the network at once: their hidden layer stays in the cache
+
+
+def evaluate(inputs: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor) -> Tensor:
+    """The network at the columns of ``[2, N]``: rows of two numbers would take several times as long."""
+    hidden = leaky_relu(torch.addmm(bias.unsqueeze(-1), weight, inputs), inplace=True)
+    return torch.addmm(last_bias.unsqueeze(-1), last_weight, hidden)
+
+
+class _InChunks(torch.autograd.Function):
+    """:func:`evaluate`, whose hidden layer, by far the largest tensor of all, is held for one chunk of points only."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, *weights)
+        return torch.cat([evaluate(chunk, *weights) for chunk in torch.split(inputs, CHUNK, 1)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, *weights = ctx.saved_tensors
+        trained = [weight for weight, asked in zip(weights, ctx.needs_input_grad[1:], strict=True) if asked]
+        again = torch.is_grad_enabled()  # this gradient will itself be differentiated
+        total = [torch.zeros_like(weight) for weight in trained]
+        for chunk, slope in zip(torch.split(inputs, CHUNK, 1), torch.split(grad, CHUNK, 1), strict=True):
+            with torch.enable_grad():
+                parts = torch.autograd.grad(evaluate(chunk, *weights), trained, slope, create_graph=again)
+            total = [a + b for a, b in zip(total, parts, strict=True)]
+        given = iter(total)
+        return (None, *(next(given) if asked else None for asked in ctx.needs_input_grad[1:]))
 
 
 @register("rodeo")
@@ -46,7 +82,8 @@ class Rodeo(StochasticLayer):
     ``torch._dynamo.config.trace_autograd_ops = True``.
 
     Memory: the slope gives the surrogate at all neighbours at once, so that nothing of size latent_dim squared is
-    built; the largest tensor is the network's hidden layer ``[S (S - 1), *batch, latent_dim, hidden_features]``.
+    built; the largest tensors are the network's inputs ``[2, S (S - 1), *batch, latent_dim]``. Its hidden layer is
+    computed for some thousand points at a time, and once more in the backward pass.
 
     Args:
         latent_dim: Number of latent variables.
@@ -136,16 +173,19 @@ class Rodeo(StochasticLayer):
         level = others(cost)
         here = (slopes * (bits - others(bits))).sum(-1)  # f'(z_j) (z_k - z_j) [S - 1, S, *lead]
         near = here.unsqueeze(-1) + slopes * sign  # the same at every neighbour of z_k [..., features]
-        at_here = self._surrogate(here, level).mean(0).unsqueeze(-2)  # [S, *lead, 1, 2]
-        at_near = self._surrogate(near, level.unsqueeze(-1).expand_as(near)).mean(0)  # [S, *lead, features, 2]
-        change = (flip.unsqueeze(-1) * (at_near - at_here)).sum(-2)  # [S, *lead, 2]
-        return change[..., 0], change[..., 1:] * score + flip * sign * at_near[..., 1]
+        at_here = self._surrogate(here, level).mean(1).unsqueeze(-1)  # [2, S, *lead, 1]
+        at_near = self._surrogate(near, level.unsqueeze(-1).expand_as(near)).mean(1)  # [2, S, *lead, features]
+        change = (flip * (at_near - at_here)).sum(-1, keepdim=True)  # [2, S, *lead, 1]
+        return change[0].squeeze(-1), change[1] * score + flip * sign * at_near[1]
 
     def _surrogate(self, linear: Tensor, level: Tensor) -> Tensor:
-        """The surrogates for h and h~ of the two terms of a Taylor expansion: ``[...]`` -> ``[..., 2]``."""
+        """The surrogates for h and h~ of the two terms of a Taylor expansion: ``[...]`` -> ``[2, ...]``."""
         mean, std = self.moments.mean.to(linear.dtype), self.moments.std.to(linear.dtype)
         dtype = next(self.network.parameters()).dtype
         level = level - mean
-        correction = self.network((torch.stack([linear, level], -1) / std).to(dtype))
-        result: Tensor = std * correction.to(linear.dtype)
-        return result + (linear + level).unsqueeze(-1) if self.taylor else result
+        inputs = (torch.stack([linear, level]) / std).to(dtype).flatten(1)
+        weights = tuple(self.network.parameters())
+        run = _InChunks.apply if kernels_usable() else evaluate
+        correction = run(inputs, *weights)
+        result = std * correction.to(linear.dtype).reshape(2, *linear.shape)
+        return result + (linear + level) if self.taylor else result

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from stochastic_layers.auxiliary import kernels_usable
 
 __all__ = ["entmax15", "sparsemax"]
 
@@ -28,10 +32,7 @@ def sparsemax(scores: Tensor) -> Tensor:
     scores, descending, ranks = _sorted(scores)
     cumulative = descending.cumsum(-1) - 1
     size = (ranks * descending > cumulative).sum(-1, keepdim=True)
-    support = _above(scores, cumulative.gather(-1, size - 1) / size)
-    # once more on the support, now differentiably
-    threshold = ((scores * support).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
-    return torch.where(support > 0, scores - threshold, 0.0)
+    return _map(scores, _above(scores, cumulative.gather(-1, size - 1) / size), square=False)
 
 
 def entmax15(scores: Tensor) -> Tensor:
@@ -57,14 +58,45 @@ def entmax15(scores: Tensor) -> Tensor:
     spreads = descending.square().cumsum(-1) / ranks - means.square()
     candidates = means - (1 / ranks - spreads).clamp_min(0).sqrt()
     size = (candidates <= descending).sum(-1, keepdim=True)
-    support = _above(scores, candidates.gather(-1, size - 1))
-    # once more on the support, now differentiably
+    return _map(scores, _above(scores, candidates.gather(-1, size - 1)), square=True)
+
+
+def _distance(scores: Tensor, support: Tensor, square: bool) -> Tensor:
+    """x - t on a known support, 0 elsewhere: once more, now differentiably."""
     count = support.sum(-1, keepdim=True)
-    mean = (scores * support).sum(-1, keepdim=True) / count
-    squared = (
-        1 - ((scores - mean).square() * support).sum(-1, keepdim=True)
-    ) / count  # > 0: the mean is in the support
-    return (scores - mean + squared.sqrt()).square() * support
+    centered = (scores - (scores * support).sum(-1, keepdim=True) / count) * support
+    if not square:
+        return centered + support / count
+    # > 0: the mean is in the support
+    return (centered + ((1 - centered.square().sum(-1, keepdim=True)) / count).sqrt()) * support
+
+
+class _Map(torch.autograd.Function):
+    """p = d or p = d^2 of the distance d, with the Jacobian ``diag(s) - s s^T / sum(s)`` of s = 1[d > 0] or 2 d."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, support: Tensor, square: bool) -> Tensor:
+        distance = _distance(scores, support, square)
+        ctx.save_for_backward(scores, support, distance)
+        ctx.square = square
+        return distance.square() if square else distance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        scores, slope, distance = ctx.saved_tensors
+        if ctx.square:
+            # computed again where this gradient will itself be differentiated
+            slope = 2 * (_distance(scores, slope, True) if torch.is_grad_enabled() else distance)
+        weighted = slope * grad
+        return weighted - slope * (weighted.sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)), None, None
+
+
+def _map(scores: Tensor, support: Tensor, *, square: bool) -> Tensor:
+    if not kernels_usable():
+        distance = _distance(scores, support, square)
+        return distance.square() if square else distance
+    result: Tensor = _Map.apply(scores, support, square)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _sorted(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

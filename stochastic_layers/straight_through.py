@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from stochastic_layers.auxiliary import with_value
+from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import draw_index, one_hot, softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
@@ -167,7 +167,8 @@ class _Heun(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         probs, index = ctx.saved_tensors
         # times g it is (p (g - z'g) + z (z'g - p'g)) / 2: few passes, since the terms in p p'g cancel
-        slope = (grad - grad.gather(-1, index)).mul_(probs).mul_(0.5)
+        slope = grad - grad.gather(-1, index)
+        slope = torch.addcmul(slope.new_zeros(()), slope, probs, value=0.5, out=slope)
         return slope.scatter_add_(-1, index, -slope.sum(-1, keepdim=True)), None, None
 
 
@@ -234,11 +235,11 @@ class ReinMax(TemperedLayer):
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q, temperature = self.law(params), self.temperature.to(params.dtype)
         # reading the temperature would wait for a GPU, and cannot be done in a graph
-        simple = params.device.type == "cpu" and not torch.compiler.is_compiling() and bool(temperature == 1)
+        simple = params.device.type == "cpu" and kernels_usable() and bool(temperature == 1)
         if simple and isinstance(self.family, CategoricalFamily):
             probs = q.mean.detach()
             index = draw_index(probs, self.num_samples)
-            logits = self.family.unflatten(params).expand(index.shape[:-1] + probs.shape[-1:])
+            logits = self.family.unflatten(params.unsqueeze(0)).expand(index.shape[:-1] + probs.shape[-1:])
             z: Tensor = _Heun.apply(logits, probs, index)  # type: ignore[no-untyped-call]
             return self._sample(q, z.flatten(-2))
         hard = self.family.sample(q, self.num_samples)

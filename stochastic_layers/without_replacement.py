@@ -11,6 +11,7 @@ from stochastic_layers.categorical import draw_index
 from stochastic_layers.exact import JointLayer
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import log_exponential
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register
 
 __all__ = ["SumAndSample", "UnorderedSet", "log_set_probs"]
@@ -83,11 +84,9 @@ class SumAndSample(JointLayer):
             num_samples=num_samples,
             max_outcomes=max_outcomes,
         )
-        if not isinstance(num_exact, int) or isinstance(num_exact, bool) or num_exact < 1:
-            raise ValueError(f"needed num_exact >= 1, got {num_exact!r}; 'reinforce' sums nothing exactly.")
+        self.num_exact = check_positive_int("num_exact", num_exact, "'reinforce' sums nothing exactly")
         if baseline not in ("exact_part", "none"):
             raise ValueError(f"needed baseline 'exact_part' or 'none', got {baseline!r}.")
-        self.num_exact = num_exact
         self.baseline = baseline
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:

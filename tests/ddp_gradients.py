@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import VAE, GradientVarianceMonitor
@@ -20,17 +21,12 @@ def train(world, layer, options, *, num_draws=2, never=False, steps=STEPS, **tra
         monitor = GradientVarianceMonitor(every_n_steps=0)
     else:
         monitor = GradientVarianceMonitor(1, num_draws, BATCH, weights=True, decay=0.9, basket=["reinforce"])
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=world,
         strategy="ddp" if world > 1 else "auto",
         use_distributed_sampler=False,
         max_steps=steps,
         log_every_n_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[monitor],
         **trainer_options,
     )

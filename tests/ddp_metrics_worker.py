@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.distributed as dist
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import VAE, CollapseWarning, Pictures
@@ -33,15 +34,8 @@ def evaluate(name, folder, **options):
     data = TensorDataset((torch.rand(11, 1, 8, 8) > 0.5).float())
     recorder = Recorder()
     pictures = Pictures(str(folder), num_images=3, every_n_epochs=1)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=1,
-        callbacks=[recorder, pictures, CollapseWarning(after_steps=0, patience=1)],
-        **options,
+    trainer = quiet_trainer(
+        max_epochs=1, callbacks=[recorder, pictures, CollapseWarning(after_steps=0, patience=1)], **options
     )
     model = VAE(name, LAYERS[name])
     trainer.validate(model, DataLoader(data, batch_size=2), verbose=False)

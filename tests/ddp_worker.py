@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.distributed as dist
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE
 from lightning_modules.data import Digits
@@ -24,18 +25,13 @@ class Recorder(L.Callback):
 def train(name, options):
     L.seed_everything(0, verbose=False)
     recorder = Recorder()
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=2,
         strategy="ddp",
         max_epochs=2,
         limit_train_batches=3,
         limit_val_batches=2,
         log_every_n_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[recorder],
     )
     model = VAE(name, options)

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE, VerifiedCheckpointIO
 from lightning_modules.data import Digits
@@ -49,19 +50,16 @@ def main(folder, dying_rank, step):
     callbacks.append(start)
     if rank == dying_rank:
         callbacks.append(Die(folder / "killed", step))
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         strategy="ddp",
         num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         max_steps=STEPS,
         limit_train_batches=5,  # steps 3, 6, 9, 12 of the checkpoints lie inside epochs
         limit_val_batches=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=callbacks,
         plugins=[VerifiedCheckpointIO()],
+        enable_checkpointing=True,
     )
     assert trainer.world_size == world
     model = VAE("reinforce", {"latent_dim": 8, "num_samples": 2, "baseline": "moving_average"})

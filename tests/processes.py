@@ -1,5 +1,6 @@
 """Starting a job of several processes that cannot outlive its test."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ def free_port():
 
 
 def run(command, timeout, **extra):
-    """Run a command in a process group of its own; a hang ends with SIGKILL to all of it. Returns status and output."""
+    """Run a command in a session of its own; a hang ends with SIGKILL to all of it. Returns status and output."""
     process = subprocess.Popen(
         command,
         env=environment(**extra),
@@ -34,12 +35,30 @@ def run(command, timeout, **extra):
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # a hanging collective does not react to SIGTERM
+        kill_session(process.pid)  # a hanging collective does not react to SIGTERM
         output, _ = process.communicate()
         return "timeout", output
+    finally:
+        kill_session(process.pid)
+
+
+def kill_session(leader):
+    """SIGKILL to what is left of a session, process groups of its own (which `wandb agent` makes) included."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(folder.name)) == leader:
+                os.kill(int(folder.name), signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)  # where there is no /proc
 
 
 def torchrun(script, *arguments, timeout, processes=2, **extra):
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     return run([*launcher, *address, str(script), *map(str, arguments)], timeout, **extra)
+
+
+def launch(worker, folder, *names, timeout=900):
+    """Run ``tests/<worker> folder *names`` on two processes, which must succeed."""
+    status, output = torchrun(Path(__file__).with_name(worker), folder, *names, timeout=timeout)
+    assert status == 0, f"{status}: {output[-6000:]}"

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from joined_noise import JoinedNoise
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 import stochastic_layers as sl
 from lightning_modules import VAE
@@ -100,18 +101,14 @@ def fit(model, batches, *, resume=None, checkpoints=None, **trainer_options):
     recorder = Losses()
     saving = [] if checkpoints is None else [every_step(checkpoints)]
     defaults = dict(
-        accelerator="cpu",
         devices=1,
         max_epochs=EPOCHS,
         log_every_n_steps=1000,
-        logger=False,
         enable_checkpointing=checkpoints is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[recorder, *saving],
         use_distributed_sampler=False,
     )
-    trainer = L.Trainer(**(defaults | trainer_options))
+    trainer = quiet_trainer(**(defaults | trainer_options))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(model, Batches(batches), ckpt_path=resume, weights_only=True)

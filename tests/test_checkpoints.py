@@ -6,9 +6,9 @@ import os
 import random
 import sys
 
-import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE, CorruptCheckpointError, VerifiedCheckpointIO
 from lightning_modules.checkpoints import damage, newest_intact
@@ -128,15 +128,7 @@ class Thing:
 
 
 def test_it_is_a_plugin_of_the_trainer(tmp_path):
-    trainer = L.Trainer(
-        accelerator="cpu",
-        plugins=[VerifiedCheckpointIO()],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        max_steps=1,
-    )
+    trainer = quiet_trainer(plugins=[VerifiedCheckpointIO()], max_steps=1)
     trainer.fit(VAE("straight_through", {"latent_dim": 2}), Digits(binarization="dynamic"))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     trainer.save_checkpoint(tmp_path / "x.ckpt")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet_trainer
 from torch import nn
 
 import stochastic_layers as sl
@@ -30,11 +30,8 @@ class NoisyLinear(nn.Linear):
 
 
 def trainer(tmp_path, **options):
-    defaults = dict(
-        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=5, default_root_dir=tmp_path,
-    )  # fmt: skip
-    return Trainer(**(defaults | options))
+    defaults = dict(max_epochs=3, log_every_n_steps=5, default_root_dir=tmp_path)
+    return quiet_trainer(**(defaults | options))
 
 
 def network(name="reinforce", **options):

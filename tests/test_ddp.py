@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from two_processes import launch
+from processes import launch
 
 import stochastic_layers as sl
 

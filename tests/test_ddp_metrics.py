@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ddp_metrics_worker import LAYERS, evaluate
-from two_processes import launch
+from processes import launch
 
 pytestmark = pytest.mark.ddp
 

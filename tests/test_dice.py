@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from control_variate_problems import BITS, CATEGORIES, build
+from small_problems import BITS, CATEGORIES, build
 
 from stochastic_layers.testing import PolynomialCost, check_mean, exact_value
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from control_variate_problems import BITS, CATEGORIES, build, total_variance, train
+from control_variate_problems import total_variance, train
+from small_problems import BITS, CATEGORIES, build
 
 from stochastic_layers import double_cv
 from stochastic_layers.double_cv import OptimalCoefficients

@@ -8,6 +8,7 @@ from scipy import stats
 from torch.distributions import Independent, Normal, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
+from stochastic_layers import noise
 from stochastic_layers.auxiliary import with_value
 from stochastic_layers.categorical import (
     draw_categorical,
@@ -17,7 +18,7 @@ from stochastic_layers.categorical import (
     one_hot_categorical,
     softmax,
 )
-from stochastic_layers.noise import _odd_integers, _uniform, log_exponential, logistic
+from stochastic_layers.noise import _uniform, log_exponential, logistic
 
 double = torch.float64
 FALSE_ALARM = 1e-5  # of each test of a law
@@ -106,13 +107,15 @@ def test_noise_follows_its_law(dtype):
     assert stats.kstest(gumbel + 0.02, "gumbel_r").pvalue < FALSE_ALARM  # a shift by 2 % is seen
 
 
-def test_tails_of_the_noise_are_finer_than_float32_near_one():
+def test_tails_of_the_noise_are_finer_than_float32_near_one(monkeypatch):
     like = torch.zeros(())
-    integers, bits = _odd_integers((1000,), like)
-    assert bits == 31 and bool((integers % 2 == 1).all())
-    ends = _uniform(torch.tensor([1, 3, 2**31 - 1], dtype=torch.int32), bits, like)
-    assert 0 < ends[0] < 1e-9 and ends[2] < 1
-    torch.testing.assert_close(ends[1], 3 * ends[0])
+    ends = torch.tensor([1, 3, -1, 2**31 - 1, -(2**31) + 1], dtype=torch.int32)
+    monkeypatch.setattr(noise, "fast_integers", lambda shape, dtype, device: ends.clone())
+    u = _uniform((5,), like)
+    assert 0 < u[0] < 1e-9 and u[3] < 1 and u[2] == -u[0] and u[4] == -u[3]
+    torch.testing.assert_close(u[1], 3 * u[0])
+    assert bool(log_exponential((5,), like).isfinite().all()) and bool(logistic((5,), like).isfinite().all())
+    monkeypatch.undo()
     draws = 4_000_000
     rare = logistic((draws,), like).abs() > 14
     expected = draws * 2 * torch.sigmoid(torch.tensor(-14.0, dtype=double)).item()  # 6.7
@@ -245,3 +248,29 @@ def test_draws_on_a_gpu_follow_the_law_and_have_gradients(name):
         hard = sample.z.detach()[0].argmax(-1).cpu()  # of the soft draw, too
         probs = params[0].detach().softmax(-1).cpu()
         assert chi_square(torch.bincount(hard, minlength=100), probs) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("name", ["straight_through", "reinmax", "gumbel_softmax", "leave_one_out"])
+def test_the_gradient_of_torch_func_is_that_of_autograd(name):
+    layer = sl.create(name, latent_dim=2, family="categorical", num_categories=5, num_samples=2)
+    params = torch.linspace(-1, 1, 30).view(3, 10)
+
+    def loss(params):
+        torch.manual_seed(0)
+        sample = layer.sample(params)
+        return sample.surrogate((sample.z * torch.arange(10.0)).sum(-1).square()).mean()
+
+    leaf = params.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(params), expected)
+
+
+def test_bits_follow_their_probabilities_also_where_these_are_extreme():
+    draws, logits = 2_000_000, torch.tensor([0.0, 1.5, -11.5, 11.5, -200.0, 200.0])
+    family = sl.create("reinforce", latent_dim=6, family="bernoulli").family
+    ones = family.sample(family.distribution(logits), draws).double().sum(0)
+    for count, p in zip(ones.tolist(), logits.double().sigmoid().tolist(), strict=True):
+        assert stats.binomtest(round(count), draws, min(p, 1.0)).pvalue > FALSE_ALARM
+    assert ones[-2:].tolist() == [0, draws]
+    shifted = torch.sigmoid(logits[1].double() + 0.02).item()  # a shift of a logit by 0.02 is seen
+    assert stats.binomtest(round(ones[1].item()), draws, shifted).pvalue < FALSE_ALARM

@@ -8,12 +8,12 @@ import warnings
 from contextlib import contextmanager, redirect_stderr
 
 import hypothesis
-import lightning as L
 import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quiet_trainer import quiet_trainer
 
 import stochastic_layers as sl
 from lightning_modules import VAE
@@ -177,14 +177,7 @@ def test_params_of_every_layer_give_finite_draws_losses_and_gradients(cases, see
 def checkpoint(tmp_path_factory):
     small = {"name": "mlp", "hidden_features": [2]}
     model = VAE("reinforce", {"latent_dim": 2}, encoder=small, decoder=small, data_shape=(1, 2, 2))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        max_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(max_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders
         trainer.fit(model, torch.utils.data.DataLoader(torch.rand(4, 1, 2, 2).round(), batch_size=2))
@@ -314,7 +307,7 @@ def test_texts_that_should_be_yaml_configurations(cases, seed, parser):
 
 @pytest.mark.slow
 def test_damaged_data_files(seed, tmp_path):
-    from test_data import FILES, spec
+    from test_data_files import FILES, spec
 
     def check(case):
         number, (anywhere, _, length, tail) = case

@@ -5,14 +5,12 @@ import math
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE, GradientMoments, GradientVarianceMonitor, HierarchicalVAE, StochasticClassifier
 from lightning_modules.data import Digits
 from lightning_modules.probe import probe_params, probe_weights
 
-QUIET = dict(
-    accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-)
 LOO = {"latent_dim": 4, "num_samples": 2, "baseline": "leave_one_out"}
 BOTH = [{"name": "reinforce", **LOO}, {"name": "straight_through", "latent_dim": 3}]
 
@@ -32,8 +30,8 @@ def train(model_of, monitor=None, *, steps=6, compiled=False, ckpt_path=None, **
     L.seed_everything(3, verbose=False)
     history = Everything()
     callbacks = [history, *([monitor] if monitor else [])]
-    options = {**QUIET, "max_steps": steps, "log_every_n_steps": 2, **options}
-    trainer = L.Trainer(callbacks=callbacks, **options)
+    options = {"max_steps": steps, "log_every_n_steps": 2, **options}
+    trainer = quiet_trainer(callbacks=callbacks, **options)
     model = model_of()
     data = Digits(batch_size=20, binarization="dynamic")
     trainer.fit(torch.compile(model, backend="eager") if compiled else model, data, ckpt_path=ckpt_path)

@@ -1,44 +1,24 @@
 """The monitor on two processes: the numbers of one process on the joined batch, and no trace in the weights."""
 
-import os
-import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
 pytestmark = pytest.mark.ddp
 
 WORKER = Path(__file__).with_name("ddp_gradients.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-
-
-def start(command):
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=600)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # a hanging collective does not react to SIGTERM
-        output, _ = process.communicate()
-        pytest.fail(f"run hung:\n{output[-4000:]}")
-    assert process.returncode == 0, output[-6000:]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Results of one process, and of both ranks of two."""
     folder = tmp_path_factory.mktemp("gradients")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    start([sys.executable, str(WORKER), str(folder)])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    start([*torchrun, f"--master-port={port}", str(WORKER), str(folder)])
+    status, output = processes.run([sys.executable, str(WORKER), str(folder)], timeout=600)
+    assert status == 0, output[-6000:]
+    processes.launch(WORKER.name, folder)
     names = ("world1-rank0", "world2-rank0", "world2-rank1")
     return [torch.load(folder / f"{name}.pt", weights_only=True) for name in names]
 

@@ -5,6 +5,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE, GradientVarianceMonitor, score_layers
 from lightning_modules.data import Digits
@@ -17,17 +18,8 @@ LOO = {"latent_dim": 4, "num_samples": 2, "baseline": "leave_one_out"}
 
 def train(monitor, precision, optimizer):
     L.seed_everything(3, verbose=False)
-    trainer = L.Trainer(
-        accelerator="gpu",
-        devices=1,
-        precision=precision,
-        max_steps=6,
-        log_every_n_steps=2,
-        callbacks=[monitor],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    trainer = quiet_trainer(
+        accelerator="gpu", devices=1, precision=precision, max_steps=6, log_every_n_steps=2, callbacks=[monitor]
     )
     model = VAE("reinforce", LOO, optimizer=optimizer)
     trainer.fit(model, Digits(batch_size=20, binarization="dynamic"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gradients_of_models import check_gradients, exact_gradients
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import ELBO, HierarchicalVAE
 from lightning_modules.data import Digits
@@ -189,11 +189,9 @@ def test_ancestral_draws_follow_the_model():
 
 def test_training_logs_the_keys_of_a_vae_and_the_variance_of_every_layer(tmp_path):
     model = HierarchicalVAE([{**LOO, "latent_dim": 8}, GAUSSIAN], iwae_samples={"test": 3})
-    trainer = Trainer(
-        fast_dev_run=False, max_steps=6, log_every_n_steps=2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1, limit_test_batches=1,
-        default_root_dir=tmp_path, accelerator="cpu",
-    )  # fmt: skip
+    trainer = quiet_trainer(
+        max_steps=6, log_every_n_steps=2, limit_val_batches=1, limit_test_batches=1, default_root_dir=tmp_path
+    )
     trainer.fit(model, Digits(batch_size=32, binarization="dynamic"))
     names = ("elbo", "kl", "reconstruction", "grad_variance", "grad_snr", "grad_variance/1", "grad_variance/2")
     metrics = trainer.callback_metrics
@@ -208,8 +206,7 @@ def test_training_logs_the_keys_of_a_vae_and_the_variance_of_every_layer(tmp_pat
 
 def test_checkpoint_restores_a_hierarchy_of_names_and_asks_for_objects(tmp_path):
     model = HierarchicalVAE([{**LOO, "latent_dim": 8}, GAUSSIAN])
-    trainer = Trainer(max_epochs=0, logger=False, default_root_dir=tmp_path, accelerator="cpu", barebones=False,
-                      enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    trainer = quiet_trainer(max_epochs=0, default_root_dir=tmp_path)
     trainer.fit(model, Digits(binarization="dynamic"))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     restored = HierarchicalVAE.load_from_checkpoint(tmp_path / "a.ckpt")

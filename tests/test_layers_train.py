@@ -4,6 +4,7 @@ import sys
 
 import lightning as L
 import pytest
+from quiet_trainer import quiet_trainer
 
 import stochastic_layers as sl
 from lightning_modules import VAE
@@ -15,8 +16,7 @@ pytestmark = pytest.mark.slow
 
 def validated(model):
     """val/elbo on the digits."""
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    return trainer.validate(model, Digits(binarization="dynamic"), verbose=False)[0]["val/elbo"]
+    return quiet_trainer().validate(model, Digits(binarization="dynamic"), verbose=False)[0]["val/elbo"]
 
 
 @pytest.mark.parametrize("name", sl.list_layers())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_problems import asymmetric_params
 
 import stochastic_layers as sl
 from stochastic_layers.diagnostics import gradient_statistics
@@ -12,8 +13,7 @@ from stochastic_layers.testing import COSTS, PolynomialCost, check_mean
 
 def build(cls=sl.MeasureValued, seed=1, **options):
     layer = cls(**{"latent_dim": 2, **options}).double()
-    generator = torch.Generator().manual_seed(seed)
-    params = 0.8 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
+    params = asymmetric_params(layer, seed=seed)
     if layer.family.name == "log_normal":
         params[:, layer.latent_dim :] -= 1.5
     return layer, params

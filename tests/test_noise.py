@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,16 +41,12 @@ def run(tmp_path, *, val=True, seed=0, noise=True, ckpt=None, model=None, **opti
     L.seed_everything(seed, verbose=False)
     model = model or Own()
     data = DataLoader(TensorDataset(torch.arange(36.0).view(12, 3) / 36), batch_size=3)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    trainer = quiet_trainer(
         default_root_dir=tmp_path,
         callbacks=[ReproducibleNoise()] if noise else [],
         num_sanity_val_steps=2 if val else 0,
         limit_val_batches=1.0 if val else 0,
-        **({"max_epochs": 3, "enable_checkpointing": False} | options),
+        **({"max_epochs": 3} | options),
     )
     trainer.fit(model, data, data, ckpt_path=ckpt)
     return trainer, model

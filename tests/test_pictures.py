@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,18 +42,8 @@ def loader(x=None, **options):
 
 
 def trainer(tmp_path, **options):
-    defaults = dict(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=2,
-        max_epochs=2,
-        default_root_dir=tmp_path,
-        num_sanity_val_steps=0,
-    )
-    return L.Trainer(**(defaults | options))
+    defaults = dict(log_every_n_steps=2, max_epochs=2, default_root_dir=tmp_path, num_sanity_val_steps=0)
+    return quiet_trainer(**(defaults | options))
 
 
 def model_of(name, **options):

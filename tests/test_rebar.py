@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from control_variate_problems import BITS, CATEGORIES, asymmetric_params, build, total_variance, train
+from control_variate_problems import total_variance, train
+from small_problems import BITS, CATEGORIES, asymmetric_params, build
 
 import stochastic_layers as sl
 from stochastic_layers import rebar, relax

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from control_variate_problems import BITS, build, total_variance, train
+from control_variate_problems import total_variance, train
+from small_problems import BITS, build
 from test_double_cv import Toy, per_coordinate
 
 from stochastic_layers import rodeo
@@ -52,7 +53,7 @@ def test_stein_terms_are_those_of_the_definition():
     def surrogates(k, y):
         linear = [(slope[j] * (y - bits[j])).sum(-1) for j in range(3) if j != k]
         levels = [value[j] for j in range(3) if j != k]
-        return layer._surrogate(torch.stack(linear), torch.stack(levels)).mean(0)
+        return layer._surrogate(torch.stack(linear), torch.stack(levels)).mean(1).movedim(0, -1)
 
     for k in range(3):
         here = surrogates(k, bits[k])
@@ -103,7 +104,7 @@ def test_the_network_alone_is_the_papers_surrogate_and_learns():
     layer, params = build("rodeo", {**BITS, "hidden_features": 32, "taylor": False}, batch=1)
     linear, level = torch.randn(2, 5, dtype=torch.float64)
     inputs = torch.stack([linear, level], -1)  # before the first step, mean 0 and deviation 1
-    torch.testing.assert_close(layer._surrogate(linear, level), layer.network(inputs))
+    torch.testing.assert_close(layer._surrogate(linear, level), layer.network(inputs).movedim(-1, 0))
     cost = PolynomialCost("cubic", 3)
     start = total_variance(layer, params, cost)
     train(layer, params, cost, steps=500, copies=32, learning_rate=2e-2)

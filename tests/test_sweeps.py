@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import lightning as L
 import pytest
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from one_step import check_config, one_step
+from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE
 from lightning_modules.cli import main
@@ -245,17 +248,8 @@ def test_a_trial_ends_after_the_validation_that_follows_a_reason(why, tmp_path, 
         stop_file(path).touch()
     elif why == "the sweep was killed":
         record._parent = -1
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        limit_train_batches=1,
-        log_every_n_steps=1,
-        num_sanity_val_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[record],
+    trainer = quiet_trainer(
+        max_epochs=3, limit_train_batches=1, log_every_n_steps=1, num_sanity_val_steps=1, callbacks=[record]
     )
     trainer.fit(VAE("gaussian", {"latent_dim": 2}), Digits(binarization="dynamic"))
     read = read_record(path)
@@ -266,6 +260,23 @@ def test_a_trial_ends_after_the_validation_that_follows_a_reason(why, tmp_path, 
     assert read_record(path) == read
     monkeypatch.delenv(TRIAL_VARIABLE)
     assert TrialRecord.from_environment() == []
+
+
+def test_under_wandb_agent_sigterm_ends_training_after_the_batch(monkeypatch):
+    monkeypatch.delenv(TRIAL_VARIABLE, raising=False)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    (stop,) = TrialRecord.from_environment()
+
+    class Agent(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=4, log_every_n_steps=1, callbacks=[Agent(), stop])
+    with pytest.raises(SIGTERMException):
+        trainer.fit(VAE("gaussian", {"latent_dim": 2}), Digits(binarization="dynamic"))
+    assert trainer.global_step == 2 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_workers_share_the_gpus_and_the_threads(monkeypatch):
@@ -332,25 +343,9 @@ def test_a_shipped_file_is_printed_to_be_copied_or_handed_to_wandb(capsys, monke
     assert yaml.safe_load(capsys.readouterr().out) == Plan.load(find_file("layers.yaml")).config
 
 
-def one_step(file, folder, *extra):
-    """A shipped file whose trials take one step."""
-    config = Plan.load(find_file(file)).config
-    position = config["command"].index("${args}")
-    words = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.accelerator=cpu", *extra]
-    config["command"][position:position] = words
-    path = folder / file
-    path.write_text(yaml.safe_dump(config))
-    return Plan.load(path)
-
-
 def offline_run(state, trial):
     run = json.loads(state.record(trial).read_text().splitlines()[0])["runs"]
     return Path(*run)
-
-
-def without_null(value):
-    """``config.yaml`` leaves out what is null."""
-    return {k: without_null(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 @pytest.mark.slow
@@ -369,18 +364,8 @@ def test_the_metric_of_a_shipped_file_is_a_logged_key_and_the_configuration_is_w
     assert any(plan.metric in row for row in wandb_offline.history(run))  # letter for letter
     record = wandb_offline.run_record(run)
     assert (record.run_id, record.project) == (trial.id, "stochastic-layers")
-    config = wandb_offline.config(run)
-    config.pop("_wandb")
-    own = {name: config.pop(name) if "." in name else config[name] for name in trial.parameters}
-    assert own == trial.parameters  # W&B's record of what the sweep has set, under the dotted names of the file
-    name = config.pop("layer_name")
     (saved,) = tmp_path.glob(f"runs/stochastic-layers/{trial.id}/config.yaml")
-    written = yaml.safe_load(saved.read_text())
-    assert {key: without_null(config[key]) for key in written} == {key: without_null(written[key]) for key in written}
-    assert {key for key in config if config[key] is not None} <= set(written)  # once: nothing beside it
-    layer = written["model"]["layer"]
-    assert name == (layer if isinstance(layer, str) else layer["name"])
-    assert "None" not in json.dumps(config)
+    check_config(wandb_offline.config(run), trial.parameters, saved)
 
 
 @pytest.mark.ddp

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from small_problems import build
 
-import stochastic_layers as sl
 from stochastic_layers.testing import COSTS, PolynomialCost, check_mean
 
 CASES = [
@@ -18,13 +18,6 @@ CASES = [
     ),
     ("reinforce", {"latent_dim": 2, "family": "gaussian", "num_samples": 4, "baseline": "leave_one_out"}),
 ]
-
-
-def build(name, options, seed=1):
-    layer = sl.create(name, **options).double()
-    generator = torch.Generator().manual_seed(seed)
-    params = 0.8 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
-    return layer, params
 
 
 @pytest.mark.parametrize("kind", [k for k in COSTS if k != "constant"])

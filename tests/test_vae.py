@@ -2,9 +2,9 @@
 
 import math
 
-import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,18 +26,8 @@ def loader():
 
 
 def trainer(tmp_path, **options):
-    defaults = dict(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=2,
-        max_epochs=1,
-        default_root_dir=tmp_path,
-        num_sanity_val_steps=0,
-    )
-    return L.Trainer(**(defaults | options))
+    defaults = dict(log_every_n_steps=2, max_epochs=1, default_root_dir=tmp_path, num_sanity_val_steps=0)
+    return quiet_trainer(**(defaults | options))
 
 
 def exact_log_likelihood(model, x):

@@ -16,7 +16,6 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 import stochastic_layers as sl
 from benchmarks.evidence import published
 from benchmarks.evidence.mnist import batches, pixels
+from benchmarks.evidence.networks import perceptron
 from benchmarks.evidence.record import Record, arguments, read, save_figure, save_state
 
 LATENTS, HIDDEN, BATCH, DECAY = 200, 200, 100, 0.999
@@ -45,17 +45,6 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "reinmax": {"num_samples": 2},
     "gumbel_softmax": {"num_samples": 2},
 }
-
-
-def network(sizes: Sequence[int]) -> nn.Sequential:
-    """A perceptron with LeakyReLU(0.3), Glorot-uniform weights and zero biases."""
-    modules: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        linear = nn.Linear(before, after)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        modules += [linear, nn.LeakyReLU(0.3)]
-    return nn.Sequential(*modules[:-1])
 
 
 def negative_elbo(decoder: nn.Module, x: Tensor, z: Tensor, logits: Tensor) -> Tensor:
@@ -95,8 +84,8 @@ class Model(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.encoder = network([784, HIDDEN, HIDDEN, LATENTS])
-        self.decoder = network([LATENTS, HIDDEN, HIDDEN, 784])
+        self.encoder = perceptron([784, HIDDEN, HIDDEN, LATENTS], nn.LeakyReLU(0.3))
+        self.decoder = perceptron([LATENTS, HIDDEN, HIDDEN, 784], nn.LeakyReLU(0.3))
         self.layer = sl.create(name, latent_dim=LATENTS, family="bernoulli", **ESTIMATORS[name])
 
     def loss(self, x: Tensor) -> Tensor:

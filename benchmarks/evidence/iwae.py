@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,11 @@ from torch import Tensor, nn
 
 from benchmarks.evidence import published
 from benchmarks.evidence.mnist import batches, pixels
+from benchmarks.evidence.networks import perceptron
 from benchmarks.evidence.record import Record, arguments, read, save_figure
 from lightning_modules import VAE
 
 BATCH, TRAIN, LATENTS = 20, 59600, 50
-
-
-def network(sizes: Sequence[int]) -> nn.Sequential:
-    """A perceptron with tanh between Glorot-uniform linear maps; the last module is linear."""
-    modules: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        linear = nn.Linear(before, after)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        modules += [linear, nn.Tanh()]
-    return nn.Sequential(*modules[:-1])
 
 
 class Encoder(nn.Module):
@@ -46,8 +35,8 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(network([784, 200, 200]), nn.Tanh())
-        self.loc, self.log_scale = network([200, LATENTS]), network([200, LATENTS])
+        self.body = nn.Sequential(perceptron([784, 200, 200], nn.Tanh()), nn.Tanh())
+        self.loc, self.log_scale = perceptron([200, LATENTS], nn.Tanh()), perceptron([200, LATENTS], nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, 784]`` -> ``[B, 2 * LATENTS]``."""
@@ -57,7 +46,7 @@ class Encoder(nn.Module):
 
 def build(gradient: str, num_samples: int, mean: Tensor) -> VAE:
     """The model; ``mean`` ``[784]`` sets the output's bias."""
-    decoder = network([LATENTS, 200, 200, 784])
+    decoder = perceptron([LATENTS, 200, 200, 784], nn.Tanh())
     with torch.no_grad():
         decoder[-1].bias.copy_(mean.clamp(0.001, 0.999).logit())
     return VAE(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from lightning_modules.comparison.plots import draw
 from lightning_modules.comparison.publish import publish
+from lightning_modules.comparison.report import make_reports, reports_package
 from lightning_modules.comparison.result import METRICS, Comparison, sorting, write_text
 from lightning_modules.comparison.runner import DEFAULT_STEPS, Budget, compare_parsed
 from lightning_modules.comparison.settings import loggers, parse
@@ -67,14 +71,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where results are kept (runs/compare)")
     p.add_argument("--workers", type=int, default=1, help="processes at a time; times are fair with one (1)")
     p.add_argument("--sort", help="metric that the table is sorted by")
+    p.add_argument(
+        "--report", action="store_true", help="make a draft report in W&B too; takes --trainer.logger=WandbLogger"
+    )
     return p
 
 
 def main(rest: Sequence[str]) -> int:
-    """Run ``stochastic-layers compare`` and return its exit status: 1 where a run failed."""
+    """Run ``stochastic-layers compare`` and return its exit status: 1 where a run, or the report, failed."""
     options, words = parser().parse_known_args(list(rest))
     sorting(METRICS["scores" if options.score else "training"], options.sort)  # a mistake is found now, not after hours
     parsed = parse(args=words)
+    found = loggers(parsed)
+    if options.report:
+        reports_package()
+        if not any(isinstance(logger, WandbLogger) for logger in found):
+            raise ValueError("needed a W&B run for --report, got none; add --trainer.logger=WandbLogger.")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         comparison = compare_parsed(
@@ -97,6 +109,8 @@ def main(rest: Sequence[str]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+    command = shlex.join(["stochastic-layers", "compare", *rest])
+    comparison = replace(comparison, settings=comparison.settings | {"command": command})
     files = write(comparison, options.folder, options.sort)
     console = Console()
     if not console.is_terminal:  # a file has no width that a table could be cut to
@@ -106,8 +120,11 @@ def main(rest: Sequence[str]) -> int:
         console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
     for file in files:
         console.print(f"written: {file}", highlight=False, soft_wrap=True)
-    publish(comparison, [file for file in files if file.suffix == ".png"], loggers(parsed))
-    return 1 if any(row["status"] != "ok" for row in comparison.rows) else 0
+    published = publish(comparison, [file for file in files if file.suffix == ".png"], found, options.sort)
+    good = all(row["status"] == "ok" for row in comparison.rows)
+    if options.report:
+        good = make_reports(comparison, published, files[0], options.sort) and good
+    return 0 if good else 1
 
 
 def write(comparison: Comparison, folder: Path, sort: str | None = None) -> list[Path]:

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lightning_modules.comparison.result import Comparison
 
-__all__ = ["draw"]
+__all__ = ["draw", "mean_curve", "picture_names", "ratio"]
 
 # Okabe and Ito's colours, which people of all kinds of colour vision tell apart; yellow is left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -27,16 +27,21 @@ def draw(comparison: Comparison, folder: Path, sort: str | None = None) -> list[
     labels = [s.label for s in comparison.summary(sort) if s.runs]
     if not labels:
         return []
-    figures = {"dots": dots(comparison, labels)}
+    figures = [dots(comparison, labels)]
     if comparison.curves:
-        figures["elbo"] = elbo_curves(comparison, labels)
-        figures["variance"] = variance_curves(comparison, labels)
+        figures += [elbo_curves(comparison, labels), variance_curves(comparison, labels)]
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{comparison.kind}-{name}.png")
-        figure.savefig(paths[-1], dpi=130)
+    paths = [folder / f"{name}.png" for name in picture_names(comparison)]
+    for path, figure in zip(paths, figures, strict=True):
+        figure.savefig(path, dpi=130)
     return paths
+
+
+def picture_names(comparison: Comparison) -> list[str]:
+    """Names of the pictures, without ``.png``; none where every run failed."""
+    if all(row["status"] != "ok" for row in comparison.rows):
+        return []
+    return [f"{comparison.kind}-{name}" for name in ("dots", *(("elbo", "variance") if comparison.curves else ()))]
 
 
 def style(number: int) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
     for axes, metric in zip(panels, metrics, strict=True):
         every = [row[metric.name] for row in comparison.rows if row[metric.name] is not None]
         floor = EXACT * max(every, default=0.0) if metric.log else -math.inf
-        ratio = _ratio([value for value in every if value > floor])
+        factor = ratio([value for value in every if value > floor])
         for number, label in enumerate(labels):
             rows = [r for r in comparison.rows if r["label"] == label and r[metric.name] is not None]
             values = [row[metric.name] for row in rows if row[metric.name] > floor]
@@ -117,9 +122,9 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
         axes.set_title(f"{metric.heading}\n{arrow}", fontsize=9)
         axes.grid(axis="y", linewidth=0.4, color="0.85")
         axes.tick_params(axis="x", labelsize=8)
-        if metric.log and ratio > 20:
+        if metric.log and factor > 20:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if ratio < 300 else (1.0,), numticks=5))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if factor < 300 else (1.0,), numticks=5))
             axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
@@ -129,7 +134,7 @@ def dots(comparison: Comparison, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def _ratio(values: Sequence[float]) -> float:
+def ratio(values: Sequence[float]) -> float:
     """The largest value over the smallest; 0 where a logarithmic scale cannot show them."""
     return max(values) / min(values) if values and min(values) > 0 else 0.0
 

@@ -41,7 +41,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The batch ``(x, y)`` of the examples ``indices`` ``[B]``: x ``[B, C, H, W]`` float32, y ``[B]`` int64."""
-        pixels = self.pixels[indices]
+        pixels = self.pixels.index_select(0, indices)  # half the time of [indices]
         if self.dynamic:
             pixels = bernoulli(pixels, self.levels, mix64(self.seed, epoch), indices)
             return pixels.float(), self.labels[indices]

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules.sweeps.agent import AgentStop
+
 __all__ = ["SWEEP_VARIABLE", "TRIAL_VARIABLE", "Record", "TrialRecord", "read_record", "stop_file"]
 
 TRIAL_VARIABLE = "STOCHASTIC_LAYERS_TRIAL"  # path of the record, for the trial's process
@@ -36,9 +38,10 @@ class TrialRecord(Callback):
 
     @classmethod
     def from_environment(cls) -> list[Callback]:
-        """The callback of this trial, if a sweep started the process."""
-        path = os.environ.get(TRIAL_VARIABLE)
-        return [cls(path)] if path else []
+        """The callback of this trial, if a sweep started the process, here or by ``wandb agent``."""
+        if path := os.environ.get(TRIAL_VARIABLE):
+            return [cls(path)]
+        return [AgentStop()] if os.environ.get("WANDB_SWEEP_ID") else []
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

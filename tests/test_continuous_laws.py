@@ -1,0 +1,180 @@
+"""The laws of the continuous families: draws, densities, priors, KL and modes against scipy and integration."""
+
+import math
+
+import pytest
+import torch
+from pathwise_problems import FAMILIES, KS_DRAWS, KS_LIMIT, build, ks_distance, law, params_of
+from scipy import stats
+from torch.distributions import kl_divergence
+
+import stochastic_layers as sl
+from stochastic_layers.testing import exact_value
+
+
+def marginals(family, q):
+    """(coordinate or function of z, distribution function) pairs that describe the law of one batch element."""
+    b = law(q)
+    if family in ("gaussian_full", "gaussian_low_rank"):
+        direction = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        spread = (direction @ q.covariance_matrix @ direction).sqrt()
+        mixed = stats.norm(direction @ q.mean, spread).cdf
+        return [
+            (lambda z: z[:, 0], stats.norm(q.mean[0], q.variance[0].sqrt()).cdf),
+            (lambda z: z @ direction.to(z.dtype), mixed),
+        ]
+    if family == "dirichlet":
+        a = b.concentration[0]
+        return [(lambda z, i=i: z[:, i], stats.beta(a[i], a.sum() - a[i]).cdf) for i in range(3)]
+    if family == "power_spherical":
+        cosine = stats.beta(1 + q.concentration, 1.0).cdf
+        across = torch.linalg.svd(q.loc.unsqueeze(0)).Vh[1:]  # two directions of the tangent plane
+        return [
+            (lambda z: (1 + z @ q.loc.to(z.dtype)) / 2, cosine),
+            (
+                lambda z: torch.atan2(*(z @ across.T.to(z.dtype)).unbind(-1)) / (2 * math.pi) + 0.5,
+                stats.uniform().cdf,
+            ),
+        ]
+    frozen = {
+        "gaussian": lambda i: stats.norm(b.mean[i], b.stddev[i]),
+        "laplace": lambda i: stats.laplace(b.loc[i], b.scale[i]),
+        "logistic": lambda i: stats.logistic(b.loc[i], b.scale[i]),
+        "student_t": lambda i: stats.t(b.df[i], b.loc[i], b.scale[i]),
+        "log_normal": lambda i: stats.lognorm(b.scale[i], scale=b.loc[i].exp()),
+        "gamma": lambda i: stats.gamma(b.concentration[i], scale=1 / b.rate[i]),
+        "beta": lambda i: stats.beta(b.concentration1[i], b.concentration0[i]),
+        "kumaraswamy": lambda i: Kumaraswamy(b.concentration1[i].item(), b.concentration0[i].item()),
+    }[family]
+    return [(lambda z, i=i: z[:, i], frozen(i).cdf) for i in range(2)]
+
+
+class Kumaraswamy:
+    def __init__(self, a, b):
+        self.a, self.b = a, b
+
+    def cdf(self, x):
+        return 1 - (1 - x**self.a) ** self.b
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_in_float32_follow_the_law(family, training):
+    layer = build(family, num_samples=KS_DRAWS).float().train(training)
+    params = params_of(layer, batch=())
+    z = layer.sample(params.float().requires_grad_()).z
+    assert z.dtype == torch.float32 and z.requires_grad == training
+    for function, cdf in marginals(family, layer.distribution(params)):
+        assert ks_distance(function(z), cdf) < KS_LIMIT
+
+
+def test_the_ks_test_sees_a_law_that_is_a_little_wide():
+    z = 1.06 * torch.randn(KS_DRAWS)
+    assert ks_distance(z, stats.norm().cdf) > KS_LIMIT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_prob_is_that_of_scipy(family):
+    layer = build(family)
+    params = params_of(layer, batch=())
+    q = layer.distribution(params)
+    z = layer.eval().sample(params.expand(50, -1)).z[0]
+    b = law(q)
+    reference = {
+        "gaussian": lambda: stats.norm(b.mean, b.stddev).logpdf(z).sum(-1),
+        "gaussian_full": lambda: stats.multivariate_normal(q.mean, q.covariance_matrix).logpdf(z),
+        "gaussian_low_rank": lambda: stats.multivariate_normal(q.mean, q.covariance_matrix).logpdf(z),
+        "laplace": lambda: stats.laplace(b.loc, b.scale).logpdf(z).sum(-1),
+        "logistic": lambda: stats.logistic(b.loc, b.scale).logpdf(z).sum(-1),
+        "student_t": lambda: stats.t(b.df, b.loc, b.scale).logpdf(z).sum(-1),
+        "log_normal": lambda: stats.lognorm(b.scale, scale=b.loc.exp()).logpdf(z).sum(-1),
+        "gamma": lambda: stats.gamma(b.concentration, scale=1 / b.rate).logpdf(z).sum(-1),
+        "beta": lambda: stats.beta(b.concentration1, b.concentration0).logpdf(z).sum(-1),
+        "kumaraswamy": lambda: (
+            torch.func.vmap(torch.func.vmap(torch.func.grad(_kumaraswamy_cdf)))(
+                z, b.concentration1.expand_as(z), b.concentration0.expand_as(z)
+            )
+            .log()
+            .sum(-1)
+        ),
+        "dirichlet": lambda: [stats.dirichlet(b.concentration[0].numpy()).logpdf(row / row.sum()) for row in z.numpy()],
+        "power_spherical": lambda: q.concentration * (1 + z @ q.loc).log() - _log_normalizer_of_sphere(q.concentration),
+    }[family]
+    expected = torch.as_tensor(reference(), dtype=torch.float64)
+    torch.testing.assert_close(layer.family.log_prob(q, z), expected, rtol=1e-9, atol=1e-9)
+
+
+def _kumaraswamy_cdf(x, a, b):
+    return 1 - (1 - x**a) ** b
+
+
+def _log_normalizer_of_sphere(kappa):
+    """The area integral of (1 + t)^kappa over the sphere in three dimensions, elementary there."""
+    return math.log(2 * math.pi) + (kappa + 1) * math.log(2) - (kappa + 1).log()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_density_integrates_to_one(family):
+    layer = build(family)
+    total = exact_value(layer, params_of(layer), lambda z: torch.ones_like(z[..., 0]))
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_standard_prior_fits_q_and_the_kl_is_the_integral(family):
+    layer = build(family)
+    params = params_of(layer)
+    if family in ("beta", "kumaraswamy"):
+        params = params + 1.5  # where the reference is accurate
+    params.requires_grad_()
+    q, prior = layer.distribution(params), layer.family.standard()
+    assert prior.batch_shape == () and prior.event_shape == q.event_shape
+    assert torch.isfinite(prior.log_prob(prior.sample((3,)))).all()
+    expanded = prior.expand(q.batch_shape)
+    if family == "logistic":
+        with pytest.raises(NotImplementedError):
+            kl_divergence(q, expanded)
+        return
+    kl = kl_divergence(q, expanded)
+    shape = q.event_shape
+    log_ratio = lambda z: layer.family.log_prob(q, z) - prior.log_prob(z.unflatten(-1, shape))  # noqa: E731
+    exact = exact_value(layer, params, log_ratio)
+    if family == "laplace":  # the prior's kink is no node of the reference: E|z| by hand
+        loc, scale = q.base_dist.loc.abs(), q.base_dist.scale
+        exact = (loc + scale * (-loc / scale).exp() - 1 - scale.log()).sum(-1)
+    torch.testing.assert_close(kl.double(), exact, rtol=2e-5, atol=2e-5)  # the prior is float32
+    ours, reference = (torch.autograd.grad(t.sum(), params, retain_graph=True)[0] for t in (kl, exact))
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_more_probable_than_the_mode(family):
+    layer = build(family)
+    params = params_of(layer) + (1.5 if family in ("gamma", "beta", "kumaraswamy", "dirichlet") else 0.0)
+    q, mode = layer.distribution(params), layer.mode(params)
+    best = layer.family.log_prob(q, mode)
+    z = layer.eval().sample(params.expand(20_000, 2, -1)).z[0]
+    assert mode.shape == (2, layer.out_features)
+    assert bool((layer.family.log_prob(q, z) <= best + 1e-9).all())
+
+
+def test_modes_at_the_ends_of_the_support_are_points_of_it():
+    raw = torch.tensor([-3.0, -3.0, -4.0, -3.0])  # all concentrations below 1
+    for family, expected in (("beta", (1.0, 0.0)), ("kumaraswamy", (1.0, 0.0))):
+        layer = sl.create("pathwise", family=family, latent_dim=2)
+        mode = layer.mode(torch.tensor([-3.0, -4.0, -4.0, -3.0]))
+        torch.testing.assert_close(mode, torch.tensor(expected))
+        assert bool(torch.isfinite(layer.family.log_prob(layer.distribution(raw), mode)).all())
+    gamma = sl.create("pathwise", family="gamma", latent_dim=2)
+    mode = gamma.mode(raw)
+    assert bool((mode > 0).all() and (mode < 1e-30).all())
+    simplex = sl.create("pathwise", family="dirichlet", latent_dim=1, num_categories=4)
+    torch.testing.assert_close(simplex.mode(raw - torch.arange(4)), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    uniform = simplex.family.standard()
+    torch.testing.assert_close(simplex.family.mode(uniform), torch.full((4,), 0.25))
+
+
+def test_student_t_has_an_infinite_kl_to_the_normal_where_it_has_no_variance():
+    cauchy = torch.distributions.StudentT(torch.tensor([1.0, 3.0]))
+    kl = kl_divergence(cauchy, torch.distributions.Normal(torch.zeros(2), torch.ones(2)))
+    assert torch.isinf(kl[0]) and torch.isfinite(kl[1])

@@ -1,0 +1,62 @@
+"""Gradients and sums that are written out for speed, against the formulas that autograd differentiates."""
+
+import pytest
+import torch
+
+import stochastic_layers as sl
+from stochastic_layers import rodeo
+from stochastic_layers.binary_codes import ascending_stick_logits, stick_logits
+from stochastic_layers.gumbel_straight_through import Term, sum_of_products, with_slope
+from stochastic_layers.simplex_maps import entmax15, sparsemax
+
+ORDERS = (stick_logits, ascending_stick_logits)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_sticks_in_ascending_order_are_those_of_any_order(scale):
+    logits = (scale * torch.randn(7, 5, dtype=torch.float64)).sort(-1).values.requires_grad_()
+    vector = torch.randn(7, 4, dtype=torch.float64)
+    pairs = [(f(logits), torch.autograd.grad((f(logits) * vector).sum(), logits)[0]) for f in ORDERS]
+    for right, ours in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def test_the_slope_of_a_hard_draw_is_the_sum_of_its_terms_twice_differentiable():
+    points = torch.randn(6, 2, 3, 4, 5, dtype=torch.float64).softmax(-1)  # [K, S, B, L, C]
+    matrix = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    weight = torch.tensor([0.3], dtype=torch.float64)
+    terms = [Term(weight, points), Term(-weight, matrix + matrix.mT, is_matrix=True)]
+    hard = torch.eye(5, dtype=torch.float64)[torch.randint(5, (2, 3, 4))]
+    logits = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    z = with_slope(hard, logits, terms)
+    assert torch.equal(z, hard)
+    cost, shift = (z * torch.arange(5.0)).sum(-1).square().sum(), torch.randn_like(hard)
+    (gradient,) = torch.autograd.grad(cost, logits, create_graph=True)
+    slope = 2 * (hard * torch.arange(5.0)).sum(-1, keepdim=True) * torch.arange(5.0).double()
+    jacobian = torch.diag_embed(points) - points.unsqueeze(-1) * points.unsqueeze(-2)
+    full = 0.3 * jacobian.sum(0) - 0.3 * (matrix + matrix.mT)
+    torch.testing.assert_close(gradient, (full @ slope.unsqueeze(-1)).squeeze(-1).sum(0))
+    torch.testing.assert_close(sum_of_products(terms, shift), (full @ shift.unsqueeze(-1)).squeeze(-1))
+    (second,) = torch.autograd.grad(gradient.sum(), logits)
+    assert second.abs().max() > 0
+
+
+@pytest.mark.parametrize("function", [entmax15, sparsemax])
+def test_maps_onto_the_simplex_have_first_and_second_derivatives(function):
+    scores = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, scores)
+    assert torch.autograd.gradgradcheck(function, scores)
+
+
+def test_the_network_of_rodeo_in_chunks_is_the_network(monkeypatch):
+    monkeypatch.setattr(rodeo, "CHUNK", 4)
+    network = sl.create("rodeo", latent_dim=3, taylor=False).network.double()
+    inputs, vector = torch.randn(2, 10, dtype=torch.float64), torch.randn(10, 2, dtype=torch.float64)
+    network[0].bias.requires_grad_(False)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    ours = rodeo._InChunks.apply(inputs, *network.parameters())
+    right = network(inputs.mT)
+    torch.testing.assert_close(ours.mT, right)
+    gradients = torch.autograd.grad((ours.mT * vector).sum(), trained)
+    for one, other in zip(gradients, torch.autograd.grad((right * vector).sum(), trained), strict=True):
+        torch.testing.assert_close(one, other)
