@@ -40,7 +40,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "arm": {"num_samples": 2},
     "arms": {"num_samples": 3},
     "rebar": {"num_samples": 1},
-    "relax": {"num_samples": 3},
+    "relax": {"num_samples": 1, "control_variate": "both"},
     "straight_through": {"num_samples": 2},
     "reinmax": {"num_samples": 2},
     "gumbel_softmax": {"num_samples": 2},
@@ -162,6 +162,12 @@ def run(name: str, seed: int, steps: int, images: tuple[Tensor, Tensor], record:
     record.write(test_bound_100=measure(model, test[:1000], 100, 20), complete=True)
 
 
+def evaluations(name: str) -> int:
+    """How often the cost is evaluated for a step: the draws, and two relaxations of each in ``rebar`` and ``relax``."""
+    draws: int = ESTIMATORS[name]["num_samples"]
+    return 3 * draws if name in ("rebar", "relax") else draws
+
+
 def curves(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The runs that are there, by estimator, seeds in order."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -181,7 +187,7 @@ def plot(out: Path) -> None:
         for number, content in enumerate(runs):
             points = content["curve"]
             steps = [p["step"] for p in points]
-            label = f"{name} ({ESTIMATORS[name]['num_samples'] if name != 'rebar' else 3})" if not number else None
+            label = f"{name} ({evaluations(name)})" if not number else None
             left.plot(steps, [p["variance"] for p in points], color=colors[name], label=label, linewidth=1, marker=".")
             right.plot(steps, [p["elbo"] for p in points], color=colors[name], label=label, linewidth=1, marker=".")
     for (name, _), series in published.RODEO_VARIANCE.items():
