@@ -274,3 +274,15 @@ def test_bits_follow_their_probabilities_also_where_these_are_extreme():
     assert ones[-2:].tolist() == [0, draws]
     shifted = torch.sigmoid(logits[1].double() + 0.02).item()  # a shift of a logit by 0.02 is seen
     assert stats.binomtest(round(ones[1].item()), draws, shifted).pvalue < FALSE_ALARM
+
+
+@pytest.mark.parametrize("categories", [3, 20])  # short rows, and rows of whole vectors
+def test_the_relaxed_draw_can_be_differentiated_twice(categories):
+    layer = sl.create("gumbel_softmax", latent_dim=2, num_categories=categories, temperature=0.7, num_samples=2)
+    params = torch.randn(2, 2 * categories, dtype=double, requires_grad=True)
+
+    def draw(params):
+        torch.manual_seed(0)
+        return layer.sample(params).z
+
+    assert torch.autograd.gradcheck(draw, params) and torch.autograd.gradgradcheck(draw, params)
