@@ -93,7 +93,8 @@ def _bars(groups: Mapping[str, list[Row]], biases: Mapping[str, float]) -> Any:
     labels, places, place = [], [], 0
     for group, rows in groups.items():
         if not alone:
-            over = f", over {rows[0].reference}" if rows[0].reference else ""
+            references = {row.reference for row in rows}
+            over = f", over {references.pop()}" if len(references) == 1 and "" not in references else ""
             across = axis.get_yaxis_transform()
             axis.text(0, place - 0.1, f" {group}{over}", fontsize=7, weight="bold", va="center", transform=across)
             place += 1

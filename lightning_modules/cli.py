@@ -139,7 +139,7 @@ class CLI(LightningCLI):
         callbacks += [Report(), *TrialRecord.from_environment()]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.save_dir is not None:
-                Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # W&B before 0.19 takes /tmp if it is missing
+                Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # W&B 0.18 goes elsewhere if it is missing
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         return trainer

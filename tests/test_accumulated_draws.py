@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import stochastic_layers as sl
+from benchmarks.memory import peak
 
 FAMILIES = {"leave_one_out": "bernoulli", "disarm": "bernoulli", "reinmax": "categorical", "gaussian": "gaussian"}
 
@@ -46,21 +46,8 @@ def test_parts_add_up_to_the_gradient_of_all_draws(name):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def peak(work):
-    """Largest number of bytes that ``work`` holds at once."""
-    work()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    held = largest = 0
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        largest = max(largest, held)
-    return largest
-
-
 def test_the_memory_is_that_of_one_part():
     model = build("leave_one_out", hidden=512)
     x = torch.randn(64, 6, dtype=torch.float64)
-    one, many = (peak(lambda n=n: accumulate(*model, x, n)) for n in (1, 8))
+    one, many = (peak(lambda n=n: accumulate(*model, x, n), "cpu") for n in (1, 8))
     assert one > 2**20 and many < 1.3 * one
