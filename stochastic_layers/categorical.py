@@ -108,8 +108,9 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
 
 def _row_sums(rows: Tensor) -> Tensor:
     """``rows.sum(-1)`` of short rows ``[N, C]``; on a CPU as a product with ones, which takes half the time."""
-    exact = rows.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-    if not exact or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or rows.device.type != "cpu":
+        return rows.sum(-1)
+    if torch.get_float32_matmul_precision() != "highest":  # which cannot be asked in a graph
         return rows.sum(-1)
     return rows @ torch.ones(rows.shape[-1], dtype=rows.dtype)
 
@@ -120,15 +121,28 @@ def _invert(weights: Tensor, num_samples: int) -> Tensor:
     cdf = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
     u = torch.rand(*cdf.shape[:-1], num_samples, dtype=cdf.dtype, device=cdf.device)
     # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
-    below = cdf.unsqueeze(-2) <= u.mul_(cdf[..., -1:]).unsqueeze(-1)
-    index: Tensor = below.sum(-1)
-    return index
+    return _count(cdf.unsqueeze(-2) <= u.mul_(cdf[..., -1:]).unsqueeze(-1))
+
+
+def _count(marks: Tensor) -> Tensor:
+    """``marks.sum(-1)`` of booleans of which one in each row is False; on a CPU eight at a time where that goes."""
+    width = marks.shape[-1]
+    if width % 8 or width > 256 or marks.device.type != "cpu" or torch.compiler.is_compiling():
+        return marks.sum(-1)
+    words = marks.view(torch.int64)  # a byte for each; the product adds all bytes up in the highest
+    words = words.squeeze(-1) if width == 8 else words.sum(-1)
+    return words.mul(0x0101010101010101).bitwise_right_shift_(56).bitwise_and_(255)
 
 
 def one_hot(index: Tensor, like: Tensor) -> Tensor:
     """One-hot vectors ``[..., C]`` of ``index [..., 1]``, with C, dtype and device of ``like [..., C]``."""
-    zeros = torch.zeros(*index.shape[:-1], like.shape[-1], dtype=like.dtype, device=like.device)
-    return zeros.scatter_(-1, index, 1.0)
+    count = like.shape[-1]
+    zeros = torch.zeros(*index.shape[:-1], count, dtype=like.dtype, device=like.device)
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return zeros.scatter_(-1, index, 1.0)
+    start = torch.arange(0, zeros.numel(), count)
+    zeros.view(-1).index_fill_(0, start + index.flatten(), 1.0)  # two thirds of the time of scatter_
+    return zeros
 
 
 class _LazyCategorical(Categorical):
