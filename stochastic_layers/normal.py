@@ -38,9 +38,9 @@ class LogVarianceNormal(Normal):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         loc, scale = self.loc, self.scale
-        noise = torch.randn(*sample_shape, *loc.shape, dtype=loc.dtype, device=loc.device)
         if tuple(sample_shape) == (1,):  # with nothing to expand, and backward to sum
-            loc, scale = loc.unsqueeze(0), scale.unsqueeze(0)
+            return torch.addcmul(loc, scale, torch.randn_like(loc)).unsqueeze(0)
+        noise = torch.randn(*sample_shape, *loc.shape, dtype=loc.dtype, device=loc.device)
         return torch.addcmul(loc, scale, noise)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
