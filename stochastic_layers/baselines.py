@@ -53,13 +53,12 @@ class LeaveOneOut(Baseline):
         return (cost.sum(0, keepdim=True) - cost) / (cost.shape[0] - 1)
 
 
-@torch.no_grad()
 def mean_over_all_ranks(rows: Tensor) -> tuple[Tensor, Tensor | int]:
     """Mean ``[n]`` of the rows ``[N, n]`` of all ranks of ``torch.distributed``, and their number (or ``[1]``).
 
-    Every row counts the same, whatever rank has it; the mean of no rows is 0.
+    Every row counts the same, whatever rank has it; the mean of no rows is 0. Both are without gradient.
     """
-    total, count = rows.sum(0), rows.shape[0]
+    total, count = rows.detach().sum(0), rows.shape[0]
     if not (dist.is_available() and dist.is_initialized()):
         return total / max(count, 1), count
     moments = torch.cat([total, rows.new_full((1,), count)])
@@ -95,22 +94,21 @@ class RunningMean(nn.Module):
     @property
     def value(self) -> Tensor:
         """The mean ``[n]``; 0 before the first step."""
-        return self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
+        weight = self.weight
+        return self.total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
 
-    @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Count one step of ``values`` ``[*any, n]``; evaluation mode and ``no_grad`` probes do not come here."""
         self.accumulate(*mean_over_all_ranks(values.reshape(-1, self.total.shape[0])))
 
-    @torch.no_grad()
     def accumulate(self, mean: Tensor, count: Tensor | int) -> None:
-        """Count one step of which all ranks know the mean ``[n]`` and the number of rows already."""
+        """Count one step of which all ranks know the mean ``[n]``, without gradient, and the number of rows already."""
         refuse_recomputation("a running mean")
-        dtype = self.total.dtype
+        total, weight = self.total, self.weight
         # an empty batch changes nothing
-        rate = (1 - self.decay) * (count.to(dtype).clamp_max(1) if isinstance(count, Tensor) else min(count, 1))
-        self.total.lerp_(mean.to(dtype), rate)
-        self.weight.lerp_(torch.ones_like(self.weight), rate)
+        rate = (1 - self.decay) * (count.to(total.dtype).clamp_max(1) if isinstance(count, Tensor) else min(count, 1))
+        total.lerp_(mean.to(total.dtype), rate)
+        weight.lerp_(torch.ones_like(weight), rate)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}"
@@ -162,8 +160,9 @@ class LearnedBaseline(Baseline):
                 f"needed a context [*batch, {self.context_features}], got {list(context.shape)}; build the layer with "
                 f"baseline={{'name': 'learned', 'context_features': {context.shape[-1]}}}."
             )
-        dtype = next(self.network.parameters()).dtype
-        prediction: Tensor = self.network(context.to(dtype)).squeeze(-1)  # [*batch]
+        first = self.network[0]
+        assert isinstance(first, nn.Linear)
+        prediction: Tensor = self.network(context.to(first.weight.dtype)).squeeze(-1)  # [*batch]
         # a cost that has summed trailing batch dimensions is predicted by the sum of their predictions
         return prediction.flatten(cost.dim() - 1).sum(-1) if prediction.dim() > cost.dim() - 1 else prediction
 

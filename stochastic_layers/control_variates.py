@@ -92,11 +92,10 @@ class CostMoments(RunningMean):
         """Count the costs of one step, in training with gradients on."""
         if not (self.training and torch.is_grad_enabled()):
             return
-        cost = cost.detach()
-        started = self.weight > 0
-        batch, _ = mean_over_all_ranks(cost.reshape(-1, 1))
-        center = torch.where(started, self.mean, batch)  # large means do not cancel in the variance
-        self.update(torch.stack([cost, (cost - center).square()], -1))
+        batch, rows = mean_over_all_ranks(cost.reshape(-1, 1))
+        center = torch.where(self.weight > 0, self.mean, batch)  # large means do not cancel in the variance
+        square, _ = mean_over_all_ranks((cost - center).square().reshape(-1, 1))
+        self.accumulate(torch.cat([batch, square]), rows)
 
 
 class RelativeVariance(RunningMean):
@@ -110,10 +109,9 @@ class RelativeVariance(RunningMean):
     def forward(self, gradient: Tensor) -> Tensor:
         """The objective ``[*leading]`` of a gradient ``[*leading, features]``."""
         energy = gradient.square().sum(-1)
-        values = energy.detach()
-        batch, rows = mean_over_all_ranks(values.reshape(-1, 1))
+        batch, rows = mean_over_all_ranks(energy.reshape(-1, 1))
         scale = torch.maximum(self.value, 0.01 * batch)  # one outlier counts at most a hundredfold
-        scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(values.dtype).tiny).squeeze(0)
+        scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(energy.dtype).tiny).squeeze(0)
         if self.training and torch.is_grad_enabled():
             self.accumulate(batch, rows)
         return energy / scale
@@ -188,15 +186,14 @@ class NVIL(StochasticLayer):
         def credit(cost: Tensor) -> Tensor:
             log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
             cost = cost.detach()
-            prediction = cost.new_zeros(()) if self.baseline is None else self.baseline(cost, context)
-            residual = cost - prediction.detach()
-            center = self.moments.mean.to(cost.dtype)
-            scale = self.moments.std.to(cost.dtype).clamp_min(1.0) if self.normalize else torch.ones_like(center)
+            residual = cost if self.baseline is None else cost - self.baseline(cost, context)
+            mean, variance = self.moments.value.to(cost.dtype).split(1)
             self.moments.observe(residual)
-            term = ((residual - center) / scale * log_prob).mean(0)
-            if prediction.requires_grad:  # scaled alike, as in the paper
-                term = term + 0.5 * ((prediction + center - cost).square() / scale).mean(0)
-            return term
+            deviation = residual - mean
+            term = deviation.detach() * log_prob
+            if deviation.requires_grad:  # C is fitted by least squares, scaled alike, as in the paper
+                term = term + 0.5 * deviation.square()
+            return (term / variance.clamp_min(1.0).sqrt() if self.normalize else term).mean(0)
 
         return self._sample(q, z, credit=credit, log_density=log_density)
 

@@ -96,22 +96,22 @@ class Sample:
         return loss
 
     def _check(self, cost: Tensor) -> None:
-        batch = list(self.q.batch_shape)
-        expected = f"[{self.z.shape[0]}" + "".join(f", {n}" for n in batch) + "]"
+        expected = (self.z.shape[0], *self.q.batch_shape)
         if not isinstance(cost, Tensor) or not cost.is_floating_point():
             got = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
-            raise ValueError(f"needed a floating-point cost of shape {expected}, got {got}.")
-        shape = list(cost.shape)
-        prefix = [self.z.shape[0], *batch][: len(shape)]
-        if not shape or shape != prefix or (batch and len(shape) < 2):
+            raise ValueError(f"needed a floating-point cost of shape {list(expected)}, got {got}.")
+        ndim = cost.dim()
+        if ndim < min(len(expected), 2) or cost.shape != expected[:ndim]:
             raise ValueError(
-                f"needed a cost of shape {expected} (one value per draw and example; trailing batch dimensions may be "
-                f"summed), got {shape}; do not reduce the cost over the draws or the batch before surrogate()."
+                f"needed a cost of shape {list(expected)} (one value per draw and example; trailing batch dimensions "
+                f"may be summed), got {list(cost.shape)}; do not reduce the cost over the draws or the batch before "
+                "surrogate()."
             )
-        if self.weights.dim() > 1 and len(shape) != self.weights.dim():
+        if 1 < self.weights.dim() != ndim:
             raise ValueError(
-                f"needed a cost of shape {expected}, got {shape}: this layer weights or changes its points in each "
-                "batch element by itself, so that batch dimensions cannot be summed; draw them with latent_dim instead."
+                f"needed a cost of shape {list(expected)}, got {list(cost.shape)}: this layer weights or changes its "
+                "points in each batch element by itself, so that batch dimensions cannot be summed; draw them with "
+                "latent_dim instead."
             )
         if self.z.requires_grad and not cost.requires_grad and torch.is_grad_enabled() and self.credit is None:
             warnings.warn(

@@ -78,14 +78,13 @@ class Reinforce(StochasticLayer):
 
         def credit(cost: Tensor) -> Tensor:
             log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
-            value = cost.detach()
-            if self.baseline is None:
-                return self._weighted(value, cost, log_prob).mean(0)
-            prediction: Tensor = self.baseline(value, context)
-            term = self._weighted(value - prediction.detach(), cost, log_prob).mean(0)
-            if prediction.requires_grad:  # a learned baseline is fitted to the cost by least squares
-                term = term + (prediction - value).square().mean(0)
-            return term
+            advantage = cost.detach()
+            if self.baseline is not None:
+                advantage = advantage - self.baseline(advantage, context)
+            term = self._weighted(advantage.detach(), cost, log_prob)
+            if advantage.requires_grad:  # a learned baseline is fitted to the cost by least squares
+                term = term + advantage.square()
+            return term.mean(0)
 
         return self._sample(q, z, credit=credit, log_density=log_density)
 
