@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
-from stochastic_layers.noise import log_exponential
+from stochastic_layers.noise import exponential
 from stochastic_layers.options import require_two
 from stochastic_layers.quadrature import gauss_legendre
 from stochastic_layers.registry import register
@@ -35,7 +35,7 @@ def copula_bits(logits: Tensor, num_samples: int) -> Tensor:
     """
     logits = logits.detach()
     shape = (num_samples, *logits.shape)
-    e = log_exponential(shape, logits).exp_()
+    e = exponential(shape, logits)
     finfo = torch.finfo(logits.dtype)
     others = 1 - e / e.sum(0).clamp_min(finfo.tiny)  # 1 - Dirichlet(1, ..., 1); its power K - 1 is uniform
     log_u = (num_samples - 1) * others.clamp_min(finfo.eps / 2).log()

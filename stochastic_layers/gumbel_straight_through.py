@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
-from stochastic_layers.categorical import log_softmax, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
-from stochastic_layers.noise import log_exponential
+from stochastic_layers.noise import exponential, uniform
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
@@ -23,9 +22,8 @@ __all__ = [
     "GumbelRao",
     "StraightThroughGumbel",
     "Term",
-    "conditional_gumbel",
-    "conditional_logistic",
     "conditional_magnitude",
+    "conditional_ratios",
     "with_slope",
 ]
 
@@ -87,12 +85,19 @@ class StraightThroughGumbel(GumbelSoftmax):
         )
 
 
+def _categories_first(tensor: Tensor) -> Tensor:
+    """``[S, *batch, L, C]`` -> ``[C, S, *batch, L]``, without gradient."""
+    return tensor.detach().movedim(-1, 0).contiguous()
+
+
 class Term(NamedTuple):
     r"""A part of a matrix by which the cost's slope is multiplied, symmetric and constant.
 
+    Points and vectors have the category as their first dimension, along which sums take a tenth of the time.
+
     Attributes:
         weight: ``[1]``.
-        values: Points y ``[K, S, *batch, L, C]``, whose Jacobians :math:`\mathrm{diag}(y) - y y^\top` are added, or
+        values: Points y ``[C, K, S, *batch, L]``, whose Jacobians :math:`\mathrm{diag}(y) - y y^\top` are added, or
             the sum itself ``[S, *batch, L, C, C]``.
         is_matrix: Which of the two.
     """
@@ -102,12 +107,13 @@ class Term(NamedTuple):
     is_matrix: bool = False
 
     def times(self, vector: Tensor) -> Tensor:
-        """The product with a vector ``[S, *batch, L, C]``."""
+        """The product with a vector ``[C, S, *batch, L]``."""
         if self.is_matrix:
-            product = (self.values @ vector.unsqueeze(-1)).squeeze(-1)
+            product = (self.values @ vector.movedim(0, -1).unsqueeze(-1)).squeeze(-1).movedim(-1, 0)
         else:
-            mean = (self.values * vector).sum(-1, keepdim=True)
-            product = (vector - mean).mul_(self.values).sum(0)
+            vector = vector.unsqueeze(1)
+            mean = (self.values * vector).sum(0)
+            product = (vector - mean).mul_(self.values).sum(1)
         return self.weight * product
 
 
@@ -126,8 +132,9 @@ class _WithSlope(torch.autograd.Function):
 
 
 def sum_of_products(terms: Iterable[Term], vector: Tensor) -> Tensor:
-    """The sum of the terms times a vector."""
-    return torch.stack([term.times(vector) for term in terms]).sum(0)
+    """The sum of the terms times a vector ``[S, *batch, L, C]``."""
+    vector = vector.movedim(-1, 0).contiguous()
+    return functools.reduce(torch.add, [term.times(vector) for term in terms]).movedim(0, -1)
 
 
 def with_slope(hard: Tensor, logits: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -212,65 +219,83 @@ class GumbelRao(TemperedLayer):
         q = self.law(params)
         hard = self.family.sample(q, self.num_samples)
         if isinstance(self.family, CategoricalFamily):
-            logits, one_hot = self.family.unflatten(params), self.family.unflatten(hard)
-            terms = self._terms(log_softmax(logits.detach()), one_hot)
-            return self._sample(q, with_slope(one_hot, logits, terms).flatten(-2))
-        return self._sample(q, hard + self._bit_slope(params.detach(), hard) * (params - params.detach()))
+            one_hot = self.family.unflatten(hard)
+            probs, hot = (_categories_first(t) for t in (q.mean.unsqueeze(0), one_hot))
+            terms = self._terms(probs, hot)
+            return self._sample(q, with_slope(one_hot, self.family.unflatten(params), terms).flatten(-2))
+        slope = self._bit_slope(((1 - 2 * hard) * params.detach()).sigmoid())
+        return self._sample(q, hard + slope * (params - params.detach()))
 
-    def _terms(self, log_probs: Tensor, one_hot: Tensor) -> list[Term]:
-        """The estimator's matrix ``[S, *batch, L, C, C]`` as a sum of Jacobians."""
-        replicates, categories = self.num_replicates, log_probs.shape[-1]
-        weight = 1 / (replicates * self.temperature.to(log_probs.dtype))
+    def _terms(self, probs: Tensor, one_hot: Tensor) -> list[Term]:
+        """The estimator's matrix as a sum of Jacobians.
+
+        Args:
+            probs: ``[C, 1, *batch, L]``.
+            one_hot: ``[C, S, *batch, L]``.
+        """
+        replicates, categories = self.num_replicates, len(probs)
+        weight = 1 / (replicates * self.temperature.to(probs.dtype))
         if replicates <= categories:  # R vectors are smaller than one matrix
-            return [Term(weight, self._points(log_probs, one_hot, replicates))]
-        matrix = one_hot.new_zeros(*one_hot.shape, categories)
+            return [Term(weight, self._tempered(conditional_ratios(probs, one_hot, replicates)))]
+        matrix = one_hot.new_zeros(*one_hot.shape[1:], categories, categories)
         for start in range(0, replicates, categories):
-            draws = self._points(log_probs, one_hot, min(categories, replicates - start))
-            matrix.diagonal(dim1=-2, dim2=-1).add_(draws.sum(0))
-            matrix -= torch.einsum("r...i,r...j->...ij", draws, draws)
+            draws = self._tempered(conditional_ratios(probs, one_hot, min(categories, replicates - start)))
+            matrix.diagonal(dim1=-2, dim2=-1).add_(draws.sum(1).movedim(0, -1))
+            matrix -= torch.einsum("ir...,jr...->...ij", draws, draws)
         return [Term(weight, matrix, is_matrix=True)]
 
-    def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
-        """The estimator's factor of the cost's slope: ``[S, *batch, L]``."""
-        temperature = self.temperature.to(logits.dtype)
-        soft = conditional_magnitude(logits, bits, self.num_replicates).div_(-temperature).sigmoid_()
-        # the slope is even in the score: of a negative one the sigmoid is small, and 1 less it loses nothing
-        return torch.addcmul(soft, soft, soft, value=-1).mean(0) / temperature
+    def _tempered(self, ratios: Tensor) -> Tensor:
+        """The tempered softmax of scores, of which the ratios are the exponentials ``[C, ...]``; in their memory."""
+        # on a CPU powers of two take a third of the time of exp
+        powers = ratios.log2_().div_(self.temperature.to(ratios.dtype)).exp2_()
+        return powers.div_(powers.sum(0))
 
-    def _points(self, log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
-        """Relaxed draws given z ``[count, S, *batch, L, C]`` at which the Jacobian of the softmax is taken."""
-        return softmax(conditional_gumbel(log_probs, one_hot, count).div_(self.temperature.to(log_probs.dtype)))
+    def _bit_slope(self, rest: Tensor) -> Tensor:
+        """The estimator's factor of the cost's slope; argument and result ``[S, *batch, L]``.
+
+        Args:
+            rest: Probability of the value that was not drawn.
+        """
+        return self._tempered_slope(conditional_magnitude(rest, self.num_replicates)).mean(0)
+
+    def _tempered_slope(self, magnitude: Tensor) -> Tensor:
+        """The derivative of the tempered sigmoid at a score of that magnitude; in its memory."""
+        temperature = self.temperature.to(magnitude.dtype)
+        # it is even in the score: of a negative one the sigmoid is small, and 1 less it loses nothing
+        soft = magnitude.div_(-temperature).sigmoid_()
+        return torch.addcmul(soft, soft, soft, value=-1).div_(temperature)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_replicates={self.num_replicates}"
 
 
-def conditional_gumbel(log_probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
-    """Draws of ``log_probs + G`` given that their argmax is ``one_hot``: ``[count, *one_hot.shape]``.
+def conditional_ratios(probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
+    """Draws of ``exp(s - max(s))``, s = log p + G given that its argmax is ``one_hot``: ``[C, count, S, *batch, L]``.
 
-    The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it. Of a category whose
-    probability underflows it is minus infinity.
+    The largest value is Gumbel whatever its index, the others are Gumbel truncated to lie below it. With exponential
+    variables E, ``exp(-s)`` is E of the largest, and that plus ``E / p`` of the others.
+
+    Args:
+        probs: ``[C, S, *batch, L]``, or the same for every draw ``[C, 1, *batch, L]``.
+        one_hot: ``[C, S, *batch, L]``.
+        count: Number of draws for each one-hot vector.
     """
-    noise = log_exponential((count, *one_hot.shape), one_hot)
-    index = one_hot.argmax(-1, keepdim=True).expand(count, *one_hot.shape[:-1], 1)
-    largest = noise.gather(-1, index)
-    # -log(E_i / p_i + E_max); torch's logaddexp takes several times as long
-    lower = noise.sub_(log_probs).exp_().add_(largest.exp()).log_()
-    return lower.scatter_(-1, index, largest).neg_()
+    noise = exponential((len(one_hot), count, *one_hot.shape[1:]), one_hot)
+    least = (noise * one_hot.unsqueeze(1)).sum(0)
+    others = (1 - one_hot) / probs.clamp_min(torch.finfo(probs.dtype).tiny)
+    return least / noise.mul_(others.unsqueeze(1)).add_(least)
 
 
-def conditional_logistic(logits: Tensor, bits: Tensor, count: int) -> Tensor:
-    """Draws of ``logits`` plus logistic noise given their sign, ``bits``: ``[count, *bits.shape]``."""
-    return conditional_magnitude(logits, bits, count).mul_(2 * bits - 1)
+def conditional_magnitude(rest: Tensor, count: int) -> Tensor:
+    """Draws of the absolute value of a logit plus logistic noise given its sign: ``[count, *rest.shape]``.
 
-
-def conditional_magnitude(logits: Tensor, bits: Tensor, count: int) -> Tensor:
-    """The absolute values of :func:`conditional_logistic`."""
-    margin = (2 * bits - 1) * logits
-    u = torch.rand(count, *bits.shape, dtype=bits.dtype, device=bits.device)
-    # inversion: P(score > x | score > 0) = sigmoid(margin - x) / sigmoid(margin) = u, in log space
-    log_tail = u.clamp_(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2).log_().add_(logsigmoid(margin))
-    return log_tail.expm1().neg_().log_().sub_(log_tail).add_(margin).clamp_min_(0)
+    Args:
+        rest: Probability of the other sign.
+        count: Number of draws for each.
+    """
+    u = uniform((count, *rest.shape), rest)
+    # by inversion: P(magnitude > x) = 1 / (1 + rest * (exp(x) - 1)) = 1 - u
+    return u.div_(1 - u).div_(rest.clamp_min(torch.finfo(rest.dtype).tiny)).log1p_()
 
 
 @register("gapped_straight_through")
@@ -341,10 +366,10 @@ class GappedStraightThrough(TemperedLayer):
         temperature = self.temperature.to(params.dtype)
         if isinstance(self.family, CategoricalFamily):
             logits, one_hot = self.family.unflatten(params), self.family.unflatten(hard)
-            values = logits.detach()
-            top = values.amax(-1, keepdim=True)
-            moved = torch.where(one_hot > 0, top, torch.minimum(values, top - self.gap))
-            terms = [Term(1 / temperature, softmax(moved.div_(temperature)).unsqueeze(0))]
+            values, hot = (_categories_first(t) for t in (logits.unsqueeze(0), one_hot))
+            top = values.amax(0)
+            moved = torch.where(hot > 0, top, torch.minimum(values, top - self.gap))
+            terms = [Term(1 / temperature, moved.div_(temperature).softmax(0).unsqueeze(1))]
             return self._sample(q, with_slope(one_hot, logits, terms).flatten(-2))
         # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
         sign, zero = 2 * hard - 1, params - params.detach()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["log_exponential", "logistic"]
+__all__ = ["exponential", "log_exponential", "logistic", "uniform"]
 
 
 def fast_integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -41,14 +41,24 @@ def _uniform(shape: Sequence[int], like: Tensor, *, negative: bool = False) -> T
     return floats.copy_(integers).mul_(scale)
 
 
-def log_exponential(shape: Sequence[int], like: Tensor) -> Tensor:
-    """log E for E standard exponential, of the dtype and device of ``like``; its negative is a Gumbel variable.
+def uniform(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Uniform between 0 and 1, neither of them, and fine near 0; of the dtype and device of ``like``."""
+    return _uniform(shape, like, negative=True).neg_()
+
+
+def exponential(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A standard exponential variable E, positive, of the dtype and device of ``like``.
 
     By inversion, ``E = -log(1 - u)``. u is fine near 0, where E is small and a Gumbel variable large: categories of
     probability ``2 ** -30`` still win as often as they should. ``Tensor.exponential_`` takes several times as long on a
     CPU.
     """
-    return _uniform(shape, like, negative=True).log1p_().neg_().log_()
+    return _uniform(shape, like, negative=True).log1p_().neg_()
+
+
+def log_exponential(shape: Sequence[int], like: Tensor) -> Tensor:
+    """log E for E standard exponential, of the dtype and device of ``like``; its negative is a Gumbel variable."""
+    return exponential(shape, like).log_()
 
 
 def logistic(shape: Sequence[int], like: Tensor) -> Tensor:

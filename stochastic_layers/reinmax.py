@@ -7,27 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from stochastic_layers.categorical import softmax
-from stochastic_layers.gumbel_straight_through import GumbelRao, Term, conditional_gumbel, conditional_logistic
+from stochastic_layers.gumbel_straight_through import GumbelRao, Term, conditional_magnitude, conditional_ratios
 from stochastic_layers.registry import register
 
 __all__ = ["ReinMaxCV", "ReinMaxRao"]
 
 
-def middle_logits(log_probs: Tensor, one_hot: Tensor) -> Tensor:
-    """log of (p + z) / 2 ``[..., C]``, finite where p underflows."""
-    return torch.where(one_hot > 0, log_probs.exp().log1p(), log_probs).sub_(math.log(2))
-
-
 def _scaled(terms: list[Term], factor: float) -> list[Term]:
     return [term._replace(weight=factor * term.weight) for term in terms]
-
-
-def middle_bit_logits(logits: Tensor, bits: Tensor) -> Tensor:
-    """The logit of (p + z) / 2 for a bit."""
-    sign = 2 * bits - 1
-    margin = sign * logits  # of the value that was drawn: of its probability s are made the odds (1 + s) / (1 - s)
-    return sign * (margin.sigmoid().log1p() - torch.nn.functional.logsigmoid(-margin))
 
 
 @register("reinmax_rao")
@@ -71,14 +58,12 @@ class ReinMaxRao(GumbelRao):
         "https://arxiv.org/abs/2603.08257"
     )
 
-    def _terms(self, log_probs: Tensor, one_hot: Tensor) -> list[Term]:
-        smooth = super()._terms(middle_logits(log_probs, one_hot), one_hot)
-        probs = log_probs.exp()
-        return [*_scaled(smooth, 2.0), Term(probs.new_full((1,), -0.5), probs[None, None])]
+    def _terms(self, probs: Tensor, one_hot: Tensor) -> list[Term]:
+        smooth = super()._terms((probs + one_hot) / 2, one_hot)
+        return [*_scaled(smooth, 2.0), Term(probs.new_full((1,), -0.5), probs.unsqueeze(1))]
 
-    def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
-        smooth = super()._bit_slope(middle_bit_logits(logits, bits), bits)
-        return 2 * smooth - 0.5 * logits.sigmoid() * (-logits).sigmoid()
+    def _bit_slope(self, rest: Tensor) -> Tensor:
+        return 2 * super()._bit_slope(rest / 2) - 0.5 * rest * (1 - rest)
 
 
 @register("reinmax_cv")
@@ -146,26 +131,24 @@ class ReinMaxCV(GumbelRao):
             raise ValueError(f"needed a finite eta, got {eta}; 0.5 to 1.5 is usual.")
         self.eta = float(eta)
 
-    def _terms(self, log_probs: Tensor, one_hot: Tensor) -> list[Term]:
-        middle, probs = middle_logits(log_probs, one_hot), log_probs.exp()
-        # the noise of the draw, given the draw, under the logits that it was drawn with; then under those of the middle
-        scores = conditional_gumbel(log_probs, one_hot, 1).add_(middle - log_probs)
-        temperature = self.temperature.to(scores.dtype)
+    def _terms(self, probs: Tensor, one_hot: Tensor) -> list[Term]:
+        middle, chosen = (probs + one_hot) / 2, (probs * one_hot).sum(0)
+        # the noise of the draw, given the draw, under the logits that it was drawn with; then under those of the
+        # middle, where the probability of the chosen one is 1 + 1 / p times that of the others
+        ratios = conditional_ratios(probs, one_hot, 1)
+        ratios.mul_(torch.where(one_hot > 0, 1.0, chosen / (1 + chosen)).unsqueeze(1))
         return [
-            Term(probs.new_full((1,), 2.0), ((probs + one_hot) / 2).unsqueeze(0)),
-            Term(probs.new_full((1,), -0.5), probs[None, None]),
+            Term(probs.new_full((1,), 2.0), middle.unsqueeze(1)),
+            Term(probs.new_full((1,), -0.5), probs.unsqueeze(1)),
             *_scaled(super()._terms(middle, one_hot), self.eta),
-            Term(-self.eta / temperature, softmax(scores.div_(temperature))),
+            Term(-self.eta / self.temperature.to(probs.dtype), self._tempered(ratios)),
         ]
 
-    def _bit_slope(self, logits: Tensor, bits: Tensor) -> Tensor:
-        probs, rest = logits.sigmoid(), (-logits).sigmoid()
-        heun = (probs + bits) * (rest + 1 - bits) / 2 - 0.5 * probs * rest
-        middle = middle_bit_logits(logits, bits)
-        scores = conditional_logistic(logits, bits, 1).squeeze(0) + (middle - logits)
-        temperature = self.temperature.to(logits.dtype)
-        noisy = (scores / temperature).sigmoid() * (-scores / temperature).sigmoid() / temperature
-        return heun + self.eta * (super()._bit_slope(middle, bits) - noisy)
+    def _bit_slope(self, rest: Tensor) -> Tensor:
+        chosen = 1 - rest
+        heun = (1 - rest / 2) * rest - 0.5 * rest * chosen
+        magnitude = conditional_magnitude(rest, 1).squeeze(0) + torch.log1p(1 / chosen)
+        return heun + self.eta * (super()._bit_slope(rest / 2) - self._tempered_slope(magnitude))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eta={self.eta:g}"

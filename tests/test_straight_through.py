@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stochastic_layers as sl
-from stochastic_layers.gumbel_straight_through import GumbelRao, conditional_gumbel, conditional_logistic
+from stochastic_layers.gumbel_straight_through import GumbelRao, conditional_magnitude, conditional_ratios
 from stochastic_layers.straight_through import ReinMax
 from stochastic_layers.testing import PolynomialCost, check_law, check_mean, exact_value, measure
 
@@ -303,26 +303,26 @@ def kolmogorov_p(values, cdf):
     return 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * distance) ** 2) for k in range(1, 20))
 
 
-def test_conditional_gumbels_have_their_argmax_where_told_and_are_gumbel_on_average():
+def test_conditional_gumbels_have_their_argmax_where_told_and_differ_by_logistics_on_average():
     logits = PARAMS[0, :4].log_softmax(-1)
-    hots = sl.create("reinmax", latent_dim=1, family="categorical", num_categories=4).family.sample(
-        sl.create("reinmax", latent_dim=1, family="categorical", num_categories=4).distribution(logits), 100_000
-    )
-    scores = conditional_gumbel(logits, hots, 1)[0]
-    assert bool((scores.argmax(-1) == hots.argmax(-1)).all())
-    for i in range(4):
-        assert kolmogorov_p(scores[:, i], lambda x, i=i: torch.exp(-torch.exp(logits[i] - x))) > 1e-6
-    shifted = scores[:, 0] + 0.05  # the power of the test
-    assert kolmogorov_p(shifted, lambda x: torch.exp(-torch.exp(logits[0] - x))) < 1e-6
+    layer = sl.create("reinmax", latent_dim=1, family="categorical", num_categories=4)
+    hots = layer.family.sample(layer.distribution(logits), 100_000).mT
+    scores = conditional_ratios(logits.exp().view(4, 1), hots, 1)[:, 0].log()  # less their maximum
+    assert bool((scores.argmax(0) == hots.argmax(0)).all()) and float(scores.max()) == 0
+    for i, j in itertools.combinations(range(4), 2):
+        difference, loc = scores[i] - scores[j], logits[i] - logits[j]
+        assert kolmogorov_p(difference, lambda x, loc=loc: torch.sigmoid(x - loc)) > 1e-6
+    shifted = scores[0] - scores[1] + 0.1  # the power of the test
+    assert kolmogorov_p(shifted, lambda x: torch.sigmoid(x - (logits[0] - logits[1]))) < 1e-6
 
 
 def test_conditional_logistics_have_their_sign_where_told_and_are_logistic_on_average():
     logits = torch.full((100_000,), -0.8, dtype=torch.float64)
-    bits = torch.bernoulli(logits.sigmoid())
-    scores = conditional_logistic(logits, bits, 1)[0]
-    assert bool(((scores > 0) == (bits > 0)).all())
-    assert kolmogorov_p(scores, lambda x: torch.sigmoid(x + 0.8)) > 1e-6
-    assert kolmogorov_p(scores + 0.05, lambda x: torch.sigmoid(x + 0.8)) < 1e-6
+    sign = 2 * torch.bernoulli(logits.sigmoid()) - 1
+    magnitude = conditional_magnitude((-sign * logits).sigmoid(), 1)[0]
+    assert float(magnitude.min()) > 0
+    assert kolmogorov_p(sign * magnitude, lambda x: torch.sigmoid(x + 0.8)) > 1e-6
+    assert kolmogorov_p(sign * magnitude + 0.05, lambda x: torch.sigmoid(x + 0.8)) < 1e-6
 
 
 @pytest.mark.parametrize(

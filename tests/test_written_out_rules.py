@@ -25,7 +25,7 @@ def test_the_slope_of_a_hard_draw_is_the_sum_of_its_terms_twice_differentiable()
     points = torch.randn(6, 2, 3, 4, 5, dtype=torch.float64).softmax(-1)  # [K, S, B, L, C]
     matrix = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
     weight = torch.tensor([0.3], dtype=torch.float64)
-    terms = [Term(weight, points), Term(-weight, matrix + matrix.mT, is_matrix=True)]
+    terms = [Term(weight, points.movedim(-1, 0)), Term(-weight, matrix + matrix.mT, is_matrix=True)]
     hard = torch.eye(5, dtype=torch.float64)[torch.randint(5, (2, 3, 4))]
     logits = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     z = with_slope(hard, logits, terms)
