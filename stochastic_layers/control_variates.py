@@ -30,14 +30,17 @@ def jacobian_product(family: Family, point: Tensor, vector: Tensor) -> Tensor:
 
     At the mean of q, J is also the covariance of z.
     """
-    product = point * vector
     if not isinstance(family, CategoricalFamily):
-        return product * (1 - point)
-    count = family.num_categories
-    assert count is not None
-    sizes = (*point.shape[:-1], point.shape[-1] // count, count)
-    mean = product.reshape(sizes).sum(-1, keepdim=True).expand(sizes).flatten(-2)
-    return product - point * mean
+        return point * vector * (1 - point)
+    point, vector = by_category(family, point), by_category(family, vector)
+    product = point * vector
+    return torch.addcmul(product, point, product.sum(-1, keepdim=True), value=-1).flatten(-2)
+
+
+def by_category(family: CategoricalFamily, tensor: Tensor) -> Tensor:
+    """``[..., features]`` -> ``[..., variables, C]``: those of trailing batch dimensions may be among the variables."""
+    assert family.num_categories is not None
+    return tensor.reshape(*tensor.shape[:-1], tensor.shape[-1] // family.num_categories, family.num_categories)
 
 
 def differentiable_points(z: Tensor, params: Tensor) -> Tensor:
@@ -108,13 +111,21 @@ class RelativeVariance(RunningMean):
 
     def forward(self, gradient: Tensor) -> Tensor:
         """The objective ``[*leading]`` of a gradient ``[*leading, features]``."""
-        energy = gradient.square().sum(-1)
+        return gradient.square().sum(-1) / self.observe(gradient)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The derivative of the objective ``[*leading, features]``, without gradient, in place of the objective."""
+        return 2 * gradient.detach() / self.observe(gradient)
+
+    def observe(self, gradient: Tensor) -> Tensor:
+        """What the squared norms of this step are divided by, a number; and count them."""
+        energy = gradient.detach().square().sum(-1)
         batch, rows = mean_over_all_ranks(energy.reshape(-1, 1))
         scale = torch.maximum(self.value, 0.01 * batch)  # one outlier counts at most a hundredfold
         scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(energy.dtype).tiny).squeeze(0)
         if self.training and torch.is_grad_enabled():
             self.accumulate(batch, rows)
-        return energy / scale
+        return scale
 
 
 @register("nvil")

@@ -154,11 +154,10 @@ class Relax(TemperedLayer):
                 given = (difference + residual.unsqueeze(-1) * score).mean(0)  # with graph to points and own_tau
             self.moments.observe(cost[:draws])
             estimate = given + learned
-            term, objective = inject(estimate, params), self.variance(estimate)
+            term, weight = inject(estimate, params), self.variance.slope(estimate)
             if not estimate.requires_grad:
                 return term
-            (weight,) = torch.autograd.grad(objective.sum(), estimate, retain_graph=True)
-            weight = weight.detach()  # the objective to first order, so that each part is differentiated by itself
+            # the objective to first order, so that each part is differentiated by itself
             term = term + (weight * learned).sum(-1)
             if gradient is not None and tuned:
                 at_points, at_tau = torch.autograd.grad((weight * given).sum(), [points, own_tau], retain_graph=True)
