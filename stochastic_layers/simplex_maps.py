@@ -29,10 +29,10 @@ def sparsemax(scores: Tensor) -> Tensor:
         >>> sparsemax(torch.tensor([1.0, 0.5, -3.0]))
         tensor([0.7500, 0.2500, 0.0000])
     """
-    scores, descending, ranks = _sorted(scores)
+    below, descending, ranks = _sorted(scores, square=False)
     cumulative = descending.cumsum(-1) - 1
     size = (ranks * descending > cumulative).sum(-1, keepdim=True)
-    return _map(scores, _above(scores, cumulative.gather(-1, size - 1) / size), square=False)
+    return _map(scores, below, cumulative.gather(-1, size - 1) / size, square=False)
 
 
 def entmax15(scores: Tensor) -> Tensor:
@@ -52,19 +52,32 @@ def entmax15(scores: Tensor) -> Tensor:
         >>> entmax15(torch.tensor([0.0, 0.0, -3.0]))
         tensor([0.5000, 0.5000, 0.0000])
     """
-    scores, descending, ranks = _sorted(scores / 2)
+    below, descending, ranks = _sorted(scores, square=True)
     # the threshold if the k largest were the support solves the quadratic sum_{i <= k} (x_i - t)^2 = 1
     means = descending.cumsum(-1) / ranks
     spreads = descending.square().cumsum(-1) / ranks - means.square()
     candidates = means - (1 / ranks - spreads).clamp_min(0).sqrt()
     size = (candidates <= descending).sum(-1, keepdim=True)
-    return _map(scores, _above(scores, candidates.gather(-1, size - 1)), square=True)
+    return _map(scores, below, candidates.gather(-1, size - 1), square=True)
 
 
-def _distance(scores: Tensor, support: Tensor, square: bool) -> Tensor:
-    """x - t on a known support, 0 elsewhere: once more, now differentiably."""
+def _below(scores: Tensor, square: bool) -> Tensor:
+    """x, scores ``[..., C]`` less their maximum; half of that for the square."""
+    below = scores - scores.detach().amax(-1, keepdim=True)
+    return below / 2 if square else below
+
+
+def _sorted(scores: Tensor, square: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x ``[..., C]``, cut at -1 where p = 0 for sure; the same, descending; and 1 .. C. All without gradient."""
+    below = _below(scores.detach(), square).clamp_min_(-1)
+    ranks = torch.arange(1, below.shape[-1] + 1, dtype=below.dtype, device=below.device)
+    return below, below.sort(-1, descending=True).values, ranks
+
+
+def _distance(below: Tensor, support: Tensor, square: bool) -> Tensor:
+    """x - t on a known support, 0 elsewhere: more exact than by t, and differentiable."""
     count = support.sum(-1, keepdim=True)
-    centered = (scores - (scores * support).sum(-1, keepdim=True) / count) * support
+    centered = (below - (below * support).sum(-1, keepdim=True) / count) * support
     if not square:
         return centered + support / count
     # > 0: the mean is in the support
@@ -72,40 +85,29 @@ def _distance(scores: Tensor, support: Tensor, square: bool) -> Tensor:
 
 
 class _Map(torch.autograd.Function):
-    """p = d or p = d^2 of the distance d, with the Jacobian ``diag(s) - s s^T / sum(s)`` of s = 1[d > 0] or 2 d."""
+    """p = d or p = d^2 of the distance d, with the Jacobian ``diag(s) - s s^T / sum(s)`` of s = 1[d > 0] or d."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, support: Tensor, square: bool) -> Tensor:
-        distance = _distance(scores, support, square)
+    def forward(ctx: Any, scores: Tensor, support: Tensor, distance: Tensor, square: bool) -> Tensor:
         ctx.save_for_backward(scores, support, distance)
         ctx.square = square
-        return distance.square() if square else distance
+        return distance.square() if square else distance.view_as(distance)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         scores, slope, distance = ctx.saved_tensors
         if ctx.square:
             # computed again where this gradient will itself be differentiated
-            slope = 2 * (_distance(scores, slope, True) if torch.is_grad_enabled() else distance)
+            slope = _distance(_below(scores, True), slope, True) if torch.is_grad_enabled() else distance
         weighted = slope * grad
-        return weighted - slope * (weighted.sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)), None, None
+        return weighted - slope * (weighted.sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)), None, None, None
 
 
-def _map(scores: Tensor, support: Tensor, *, square: bool) -> Tensor:
+def _map(scores: Tensor, below: Tensor, threshold: Tensor, *, square: bool) -> Tensor:
+    # above the threshold by more than rounding errors
+    support = (below > threshold + 8 * torch.finfo(below.dtype).eps).to(below.dtype)
     if not kernels_usable():
-        distance = _distance(scores, support, square)
+        distance = _distance(_below(scores, square), support, square)
         return distance.square() if square else distance
-    result: Tensor = _Map.apply(scores, support, square)  # type: ignore[no-untyped-call]
+    result: Tensor = _Map.apply(scores, support, _distance(below, support, square), square)  # type: ignore[no-untyped-call]
     return result
-
-
-def _sorted(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores below their maximum, cut at -1 where p = 0 for sure; the same, descending, a constant; and 1 .. C."""
-    scores = (scores - scores.detach().amax(-1, keepdim=True)).clamp_min(-1)
-    ranks = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype, device=scores.device)
-    return scores, scores.detach().sort(-1, descending=True).values, ranks
-
-
-def _above(scores: Tensor, threshold: Tensor) -> Tensor:
-    """1 for scores above the threshold by more than rounding errors, else 0."""
-    return (scores.detach() > threshold + 8 * torch.finfo(scores.dtype).eps).to(scores.dtype)
