@@ -91,28 +91,28 @@ class SumAndSample(JointLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        joint = self.joint_log_probs(params)  # [*batch, N]
+        joint = self.joint_log_probs(params.detach())  # [*batch, N]
         everything = self.num_exact + self.num_samples >= self.num_outcomes
         num_exact = self.num_outcomes if everything else self.num_exact
-        top = joint.detach().topk(num_exact, -1).indices
+        log_top, top = joint.topk(num_exact, -1)
         index = top.movedim(-1, 0)
-        if not everything:
-            index = torch.cat([index, self._draw_rest(joint.detach().scatter(-1, top, -torch.inf))])
-        log_q = joint.movedim(-1, 0).gather(0, index)  # [S, *batch]
-        exact = log_q[:num_exact].detach().exp()
+        exact = log_top.movedim(-1, 0).exp()
         weights = exact
         if not everything:
-            rest = joint.detach().scatter(-1, top, -torch.inf).logsumexp(-1).exp() / self.num_samples
+            log_rest = joint.scatter(-1, top, -torch.inf)
+            index = torch.cat([index, self._draw_rest(log_rest)])
+            rest = log_rest.logsumexp(-1).exp() / self.num_samples
             weights = torch.cat([exact, rest.expand(self.num_samples, *rest.shape)])
+        z = self.points(index, params.dtype)  # [S, *batch, out_features]
 
         def credit(cost: Tensor) -> Tensor:
             cost = cost.detach()
             if self.baseline == "exact_part":
                 cost = cost - cost[:1]  # the likeliest outcome is always there: no draw enters
                 cost = cost - (exact * cost[:num_exact]).sum(0) / exact.sum(0)
-            return (weights * cost * log_q).sum(0)
+            return (weights * cost * self.family.log_prob(q, z)).sum(0)
 
-        return self._sample(q, self.points(index, params.dtype), weights=weights, credit=credit)
+        return self._sample(q, z, weights=weights, credit=credit)
 
     def _draw_rest(self, rest: Tensor) -> Tensor:
         """Outcome numbers ``[m, *batch]`` drawn from log-weights ``[*batch, N]`` of the rest."""
@@ -229,12 +229,12 @@ class UnorderedSet(JointLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        joint = self.joint_log_probs(params)  # [*batch, N]
+        joint = self.joint_log_probs(params.detach())  # [*batch, N]
         k = min(self.num_samples, self.num_outcomes)
-        index = self._draw_set(joint.detach(), k)
-        log_q = joint.movedim(-1, 0).gather(0, index)  # [k, *batch]
-        log_p = log_q.detach()
-        log_rest = joint.detach().scatter(-1, index.movedim(0, -1), -torch.inf).logsumexp(-1)
+        index = self._draw_set(joint, k)
+        z = self.points(index, params.dtype)
+        log_p = joint.movedim(-1, 0).gather(0, index)  # [k, *batch]
+        log_rest = joint.scatter(-1, index.movedim(0, -1), -torch.inf).logsumexp(-1)
         log_h = log_set_probs(log_p, log_rest)
         bit = 2 ** torch.arange(k, device=params.device)
         full = 2**k - 1
@@ -250,9 +250,9 @@ class UnorderedSet(JointLayer):
                 log_ratio = log_h[full - pair.masked_fill(same, 0)] - log_without.unsqueeze(1)  # [s, s', *batch]
                 log_ratio = log_ratio.masked_fill(same.view(k, k, *[1] * (cost.dim() - 1)), 0.0)
                 cost = cost - ((log_p + log_ratio).exp() * cost).sum(1)
-            return (weights * cost * log_q).sum(0)
+            return (weights * cost * self.family.log_prob(q, z)).sum(0)
 
-        return self._sample(q, self.points(index, params.dtype), weights=weights, credit=credit)
+        return self._sample(q, z, weights=weights, credit=credit)
 
     def _draw_set(self, joint: Tensor, k: int) -> Tensor:
         """Outcome numbers ``[k, *batch]`` in the order of sequential draws without replacement (Gumbel top-k)."""
