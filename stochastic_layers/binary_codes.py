@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from stochastic_layers.categorical import one_hot
+
 __all__ = ["Decoder", "decode_sticks", "decode_tree", "ordered_sticks", "stick_logits", "tree_logits"]
 
 Decoder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -90,12 +92,12 @@ def decode_tree(bits: Tensor, num_categories: int) -> tuple[Tensor, Tensor]:
     Returns:
         One-hot vectors ``[..., num_categories]``, and ``[..., 2^D - 1]`` with 1 at the bits on the path.
     """
-    level = torch.ones_like(bits[..., :1])
-    reached: list[Tensor] = []
-    start = 0
-    while start < bits.shape[-1]:
-        reached.append(level)
-        bit = bits[..., start : start + level.shape[-1]]
-        start += level.shape[-1]
-        level = torch.stack([level * (1 - bit), level * bit], -1).flatten(-2)
-    return level[..., :num_categories], torch.cat(reached, -1)
+    node = torch.zeros_like(bits[..., :1], dtype=torch.long)
+    path: list[Tensor] = []
+    for _ in range(bits.shape[-1].bit_length()):
+        path.append(node)
+        # numbered level by level, the children of n are 2n + 1 and 2n + 2
+        node = torch.add(bits.gather(-1, node).long(), node, alpha=2).add_(1)
+    reached = one_hot(torch.cat(path, -1), bits)
+    leaves = bits.shape[-1] + 1
+    return one_hot(node - (leaves - 1), bits.new_empty(leaves))[..., :num_categories], reached

@@ -135,13 +135,13 @@ def _count(marks: Tensor) -> Tensor:
 
 
 def one_hot(index: Tensor, like: Tensor) -> Tensor:
-    """One-hot vectors ``[..., C]`` of ``index [..., 1]``, with C, dtype and device of ``like [..., C]``."""
+    """Vectors ``[..., C]`` of ones at ``index [..., N]`` and zeros, with C, dtype and device of ``like [..., C]``."""
     count = like.shape[-1]
     zeros = torch.zeros(*index.shape[:-1], count, dtype=like.dtype, device=like.device)
     if like.device.type != "cpu" or torch.compiler.is_compiling():
         return zeros.scatter_(-1, index, 1.0)
-    start = torch.arange(0, zeros.numel(), count)
-    zeros.view(-1).index_fill_(0, start + index.flatten(), 1.0)  # two thirds of the time of scatter_
+    start = torch.arange(0, zeros.numel(), count).view(*index.shape[:-1], 1)
+    zeros.view(-1).index_fill_(0, (start + index).flatten(), 1.0)  # two thirds of the time of scatter_
     return zeros
 
 
