@@ -36,8 +36,7 @@ class _FlipLayer(StochasticLayer):
         q = self.law(params)
         draws = self.family.sample(q, self.num_samples)  # [K, *batch, out_features]
         if isinstance(self.family, CategoricalFamily):
-            log_probs = log_softmax(self.family.unflatten(params))
-            flips, factors = self._category_flips(self.family.unflatten(draws), log_probs)
+            flips, factors = self._category_flips(self.family.unflatten(draws), self.family.unflatten(params))
         else:
             flips, factors = self._bit_flips(draws, params)
         z = torch.cat([draws.unsqueeze(1), flips], 1)  # [K, 1 + M, *batch, out_features]
@@ -58,8 +57,8 @@ class _FlipLayer(StochasticLayer):
         """Flipped copies ``[K, M, *batch, out_features]`` and the factors of their cost differences, with gradient."""
 
     @abstractmethod
-    def _category_flips(self, draws: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for one-hot draws ``[K, *batch, L, C]`` and log-probabilities ``[*batch, L, C]``."""
+    def _category_flips(self, draws: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for one-hot draws ``[K, *batch, L, C]`` and logits ``[*batch, L, C]``."""
 
 
 @register("local_expectation")
@@ -108,15 +107,15 @@ class LocalExpectation(_FlipLayer):
         factors = torch.sigmoid((1 - 2 * draws) * logits).movedim(-1, 1)  # probability of the other value
         return flips, factors
 
-    def _category_flips(self, draws: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        latents, categories = log_probs.shape[-2:]
+    def _category_flips(self, draws: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        latents, categories = logits.shape[-2:]
         place = torch.arange(categories, device=draws.device)
         shift = (place - torch.arange(1, categories, device=draws.device).unsqueeze(-1)) % categories  # [C - 1, C]
         others = draws[..., shift].movedim(-2, 1)  # [K, C - 1, *batch, L, C]: all latents moved on by 1, ..., C - 1
         eye = torch.eye(latents, dtype=torch.bool, device=draws.device)
-        eye = eye.view(latents, *[1] * (log_probs.dim() - 1), latents, 1)
+        eye = eye.view(latents, *[1] * (logits.dim() - 1), latents, 1)
         flips = torch.where(eye, others.unsqueeze(1), draws[:, None, None])  # [K, L, C - 1, *batch, L, C]
-        factors = (others * log_probs.exp()).sum(-1).movedim(-1, 1)  # [K, L, C - 1, *batch]
+        factors = (others * softmax(logits)).sum(-1).movedim(-1, 1)  # [K, L, C - 1, *batch]
         return flips.flatten(1, 2).flatten(-2), factors.flatten(1, 2)
 
 
@@ -164,11 +163,11 @@ class CoordinateFlip(_FlipLayer):
         factors = (chosen * torch.sigmoid((1 - 2 * draws) * logits)).sum(-1)
         return flips.unsqueeze(1), self.latent_dim * factors.unsqueeze(1)
 
-    def _category_flips(self, draws: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    def _category_flips(self, draws: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         chosen = self._choose(draws.shape[:-2], draws)  # [K, *batch, L]
         index = chosen.argmax(-1)[..., None, None].expand(*draws.shape[:-2], 1, draws.shape[-1])
         current = draws.gather(-2, index).squeeze(-2)  # [K, *batch, C]
-        log_prob = log_probs.expand(draws.shape).gather(-2, index).squeeze(-2)
+        log_prob = log_softmax(logits.expand(draws.shape).gather(-2, index).squeeze(-2))
         rest = log_prob.detach().masked_fill(current > 0, -torch.inf)
         other = draw_categorical(softmax(rest), 1).squeeze(0)
         flips = torch.where(chosen.unsqueeze(-1) > 0, other.unsqueeze(-2), draws).flatten(-2)
