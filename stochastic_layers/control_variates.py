@@ -95,6 +95,7 @@ class CostMoments(RunningMean):
         """Count the costs of one step, in training with gradients on."""
         if not (self.training and torch.is_grad_enabled()):
             return
+        cost = cost.detach()
         batch, rows = mean_over_all_ranks(cost.reshape(-1, 1))
         center = torch.where(self.weight > 0, self.mean, batch)  # large means do not cancel in the variance
         square, _ = mean_over_all_ranks((cost - center).square().reshape(-1, 1))
