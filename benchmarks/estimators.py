@@ -4,9 +4,10 @@ The reference is what the estimator cannot do without, in plain torch:
 
 * the decoder, forward and backward, at as many points as the layer evaluates, the backward pass reaching the points
   where the layer is trained through them;
-* exact draws of q at these points, or copies of draws where points are enumerated or draws with a change; where the
-  formula of the estimator has relaxed draws, as many of those instead, or as well (Gumbel-Rao redraws the noise of a
-  draw R times): perturbed logits and their softmax or sigmoid;
+* exact draws of q at these points, from params, which are new in every step: their softmax, sigmoid or standard
+  deviation is a part of it. Or copies of draws where points are enumerated or draws with a change; where the formula of
+  the estimator has relaxed draws, as many of those instead, or as well (Gumbel-Rao redraws the noise of a draw R
+  times): perturbed logits and their softmax or sigmoid;
 * the slope of the cost at the points, taken before the backward pass, where the estimate is made of it: in one decoder
   call, since the layer is given the cost of all points. REBAR differentiates that slope, to tune its parameters;
 * forward and backward of the estimator's own network (a learned baseline, the control variates of RELAX and RODEO) at
@@ -29,9 +30,9 @@ from torch import Tensor, nn
 
 import stochastic_layers as sl
 from benchmarks.measure import Row, arguments, interleave, summary, write
-from stochastic_layers.categorical import softmax
+from stochastic_layers.categorical import draw_categorical, softmax
 from stochastic_layers.exact import JointLayer
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.families import CategoricalFamily, Family, GaussianFamily
 from stochastic_layers.registry import layer_class
 from stochastic_layers.relaxed import perturbed
 
@@ -73,6 +74,17 @@ def _redraws(layer: Any) -> int:
         return 2 * layer.num_samples
     replicates = getattr(layer, "num_replicates", 0)  # Gumbel-Rao and its relatives
     return layer.num_samples * (replicates + (layer.name == "reinmax_cv"))
+
+
+def _draws(family: Family, params: Tensor, count: int) -> Tensor:
+    """Exact draws ``[count, *batch, out_features]`` without gradient."""
+    params = params.detach()
+    if isinstance(family, CategoricalFamily):
+        return draw_categorical(softmax(family.unflatten(params)), count).flatten(-2)
+    if isinstance(family, GaussianFamily):
+        loc, log_variance = params.chunk(2, -1)
+        return torch.addcmul(loc, (0.5 * log_variance).exp(), torch.randn(count, *loc.shape, device=loc.device))
+    return family.sample(family.distribution(params), count)
 
 
 def _relaxed(layer: Any, params: Tensor, count: int) -> Tensor:
@@ -120,12 +132,11 @@ def step(name: str, family: str, device: str) -> tuple[Callable[[], object], Cal
     relaxed = RELAXED_POINTS.get(name, 0) * layer.num_samples
     drawn = layer.num_samples if name in NOT_DRAWN else points - relaxed
     redraws, network = _redraws(layer), _own_network(layer, params)
-    q = layer.family.distribution(params.detach())
 
     def least() -> None:
         for tensor in trained:
             tensor.grad = None
-        parts = [layer.family.sample(q, drawn)] if drawn else []
+        parts = [_draws(layer.family, params, drawn)] if drawn else []
         if name in NOT_DRAWN:
             parts = [parts[0].repeat(-(-points // drawn), 1, 1)[:points]]
         if relaxed:
