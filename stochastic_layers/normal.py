@@ -10,30 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence, register_kl
 from torch.distributions.utils import lazy_property
 
-from stochastic_layers.auxiliary import kernels_usable
-
 __all__ = ["DiagonalNormal", "LogVarianceNormal", "StandardNormal"]
-
-
-class _LogDensity(torch.autograd.Function):
-    """The log-density as one node: its gradient takes half the passes of that of the formula."""
-
-    @staticmethod
-    def forward(ctx: Any, loc: Tensor, log_variance: Tensor, value: Tensor, scale: Tensor) -> Tensor:
-        distance = (value - loc).div_(scale)
-        ctx.save_for_backward(loc, log_variance, value, scale, distance)
-        return torch.addcmul(log_variance, distance, distance).add_(math.log(2 * math.pi)).mul_(-0.5)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        loc, log_variance, value, scale, distance = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this gradient will itself be differentiated
-            scale = (0.5 * log_variance).exp()
-            distance = (value - loc) / scale
-        by_loc = grad * distance / scale
-        by_log_variance = (distance.square() - 1) * (0.5 * grad)
-        # autograd sums over the draws, for which loc and log-variance were expanded
-        return by_loc, by_log_variance, -by_loc if ctx.needs_input_grad[2] else None, None
 
 
 class LogVarianceNormal(Normal):
@@ -72,11 +49,8 @@ class LogVarianceNormal(Normal):
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if not kernels_usable():
-            distance = (value - self.loc).square() / self.variance
-            return (distance + self.log_variance).add_(math.log(2 * math.pi)).mul_(-0.5)
-        result: Tensor = _LogDensity.apply(self.loc, self.log_variance, value, self.scale.detach())  # type: ignore[no-untyped-call]
-        return result
+        distance = (value - self.loc).square() / self.variance
+        return (distance + self.log_variance).add_(math.log(2 * math.pi)).mul_(-0.5)
 
     def entropy(self) -> Tensor:
         return 0.5 * (self.log_variance + (1 + math.log(2 * math.pi)))

@@ -135,9 +135,8 @@ class Dice(Reinforce):
     )
 
     def _weighted(self, advantage: Tensor, cost: Tensor, log_prob: Tensor) -> Tensor:
-        box = (log_prob - log_prob.detach()).exp()
-        # the surrogate holds the cost itself already: box - 1 is zero and has every derivative of box
-        return (box - 1) * (cost - (cost.detach() - advantage))
+        # the surrogate holds the cost itself already: the box less 1 is zero and has every derivative of the box
+        return (log_prob - log_prob.detach()).expm1() * (cost - (cost.detach() - advantage))
 
 
 @register("leave_one_out")
