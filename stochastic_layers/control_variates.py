@@ -199,9 +199,9 @@ class NVIL(StochasticLayer):
             log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
             cost = cost.detach()
             residual = cost if self.baseline is None else cost - self.baseline(cost, context)
-            mean, variance = self.moments.value.to(cost.dtype).split(1)
+            mean, variance = self.moments.value.to(cost.dtype).chunk(2)
             self.moments.observe(residual)
-            deviation = residual - mean
+            deviation: Tensor = residual - mean
             term = deviation.detach() * log_prob
             if deviation.requires_grad:  # C is fitted by least squares, scaled alike, as in the paper
                 term = term + 0.5 * deviation.square()
