@@ -13,7 +13,7 @@ from stochastic_layers.codebooks import Codebook
 from stochastic_layers.codes import Codes, ResidualCodes, check_positive_int, perplexity
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.point_mass import PointMass, QuantizedFamily
-from stochastic_layers.recomputation import Pass, Passes, recomputing
+from stochastic_layers.recomputation import Pass, Passes, may_be_recomputed, recomputing
 from stochastic_layers.registry import register
 
 __all__ = [
@@ -119,7 +119,7 @@ class QuantizedLayer(StochasticLayer):
     def _learn(self, x: Tensor) -> Sample:
         """Quantise x and let the codes learn from it; the sample is made with the codes as they were before."""
         rows = x.detach().reshape(-1, self.code_dim)
-        this = None if torch.compiler.is_compiling() else Pass(x)
+        this = Pass(x) if may_be_recomputed() else None
         self.codes.initialize(rows)
         if this is not None:
             this.keep(self.codes)
