@@ -19,7 +19,6 @@ __all__ = [
     "ResidualCodes",
     "SignCodes",
     "SphereCodes",
-    "check_positive_int",
     "perplexity",
 ]
 

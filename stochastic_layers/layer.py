@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from stochastic_layers.auxiliary import with_gradient_of
 from stochastic_layers.captures import innermost
 from stochastic_layers.families import Family, create_family
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import recomputing, refuse_reentrant
 from stochastic_layers.registry import nearest
 
@@ -162,10 +163,8 @@ class StochasticLayer(nn.Module, ABC):
                 f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; "
                 f"{nearest(name, self.families)} See sl.list_layers(family={name!r})."
             )
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise ValueError(f"needed num_samples >= 1, got {num_samples!r}.")
+        self.num_samples = check_positive_int("num_samples", num_samples)
         self.family: Family = create_family(family, latent_dim, num_categories)
-        self.num_samples = num_samples
 
     @abstractmethod
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
