@@ -120,7 +120,7 @@ def main() -> None:
             if (name == "gaussian") == (len(shape) == 2):
                 new, bandwidth = measure(name, shape, options.seconds, options.device, unavailable)
                 rows += new
-                findings[f"{rows[-1].group}: GB/s of the copy"] = round(bandwidth / 1e9, 1)
+                findings.setdefault(f"GB/s of the copy at {shape}", round(bandwidth / 1e9, 1))
     for what, reason in unavailable.items():
         print(f"not measured: {what}: {reason}")
     common = {"device": options.device, "unavailable": unavailable, "folder": options.folder}
