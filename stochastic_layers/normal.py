@@ -38,10 +38,11 @@ class LogVarianceNormal(Normal):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         loc, scale = self.loc, self.scale
-        if tuple(sample_shape) == (1,):  # with nothing to expand, and backward to sum
-            return torch.addcmul(loc, scale, torch.randn_like(loc)).unsqueeze(0)
-        noise = torch.randn(*sample_shape, *loc.shape, dtype=loc.dtype, device=loc.device)
-        return torch.addcmul(loc, scale, noise)
+        one = tuple(sample_shape) == (1,)  # then nothing is expanded, and nothing summed in backward
+        shape = loc.shape if one else (*sample_shape, *loc.shape)
+        # not randn_like, whose numbers follow the strides of loc
+        z = torch.addcmul(loc, scale, torch.randn(shape, dtype=loc.dtype, device=loc.device))
+        return z.unsqueeze(0) if one else z
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():

@@ -15,6 +15,7 @@ from benchmarks.evidence import (
     one_bit_toy,
     polynomial_toy,
     quadratic_toy,
+    temperature,
 )
 from benchmarks.evidence.record import RESULTS
 
@@ -32,7 +33,7 @@ def result(folder, name):
 def images(monkeypatch):
     """Noise instead of MNIST, for scripts that are only to run."""
     train, test = torch.rand(300, 784), torch.rand(20, 784)
-    for module in (binary_vae, iwae, categorical_gradient, million_steps):
+    for module in (binary_vae, iwae, categorical_gradient, million_steps, temperature):
         monkeypatch.setattr(module, "pixels", lambda root, count=50000: (train, test))
 
 
@@ -45,6 +46,26 @@ def test_binary_vae_runs_and_goes_on_where_it_stopped(images, tmp_path):
     assert content["resumed_at"] == [3] and content["complete"]
     assert content["curve"][-1]["elbo"] > content["curve"][0]["elbo"]
     assert (tmp_path / "binary_vae" / "curves.png").stat().st_size > 1000
+
+
+def test_temperature_is_scanned_on_a_trained_model_and_can_be_held(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(temperature, "TEMPERATURES", (0.1, 5.0))
+    words = ["--estimator", "rebar", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="--estimator rebar"):
+        temperature.main(words)
+    binary_vae.main([*words, "--steps", "2"])
+    temperature.main([*words, "--draws", "5"])
+    found = result(tmp_path, "temperature.json")["scans"]["rebar"]
+    assert found["step"] == 2 and 0.49 < found["learned"] < 0.51
+    assert [p["temperature"] for p in found["points"]] == [0.1, 5.0]
+    assert all(p[key] > p[f"{key}_error"] > 0 for p in found["points"] for key in ("params", "weights"))
+    assert (tmp_path / "temperature.png").stat().st_size > 1000
+    binary_vae.main([*words, "--steps", "3", "--temperature", "0.14"])
+    held = result(tmp_path, "binary_vae/rebar-temperature0.14-seed0.json")["curve"]
+    assert {round(math.exp(p["log_temperature"]), 6) for p in held} == {0.14}
+    assert list(binary_vae.curves(tmp_path)) == ["rebar"] and len(binary_vae.curves(tmp_path)["rebar"]) == 1
+    with pytest.raises(SystemExit):
+        binary_vae.main(["--estimator", "disarm", "--temperature", "0.14"])
 
 
 def test_running_variance_is_that_of_independent_gradients():

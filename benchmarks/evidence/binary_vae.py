@@ -80,13 +80,16 @@ class Moments:
 
 
 class Model(nn.Module):
-    """Encoder, layer and decoder."""
+    """Encoder, layer and decoder; ``temperature`` holds that of ``rebar`` and ``relax`` where it is."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, temperature: float | None = None) -> None:
         super().__init__()
         self.encoder = perceptron([784, HIDDEN, HIDDEN, LATENTS], nn.LeakyReLU(0.3))
         self.decoder = perceptron([LATENTS, HIDDEN, HIDDEN, 784], nn.LeakyReLU(0.3))
         self.layer = sl.create(name, latent_dim=LATENTS, family="bernoulli", **ESTIMATORS[name])
+        if temperature is not None:
+            self.layer.temperature = temperature
+            self.layer.log_temperature.requires_grad_(False)
 
     def loss(self, x: Tensor) -> Tensor:
         """The negative ELBO ``[B]`` as the layer estimates it, with its gradient."""
@@ -111,11 +114,19 @@ def measure(model: Model, images: Tensor, num_samples: int, chunk: int) -> float
         return float(torch.cat([model.bound(torch.bernoulli(x), num_samples) for x in images.split(chunk)]).mean())
 
 
-def run(name: str, seed: int, steps: int, images: tuple[Tensor, Tensor], record: Record, every: int = EVERY) -> None:
+def run(
+    name: str,
+    seed: int,
+    steps: int,
+    images: tuple[Tensor, Tensor],
+    record: Record,
+    every: int = EVERY,
+    temperature: float | None = None,
+) -> None:
     """Train one model and write its curve as it grows; goes on from the state beside the record if there is one."""
     torch.manual_seed(seed)
     train, test = images
-    model = Model(name)
+    model = Model(name, temperature)
     encoder = list(model.encoder.parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-7, fused=True)
     moments, curve, objective = Moments(encoder), [], torch.zeros(())
@@ -169,11 +180,12 @@ def evaluations(name: str) -> int:
 
 
 def curves(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """The runs that are there, by estimator, seeds in order."""
+    """The runs that are there, by estimator, seeds in order; those with a temperature held are not drawn."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted((out / "binary_vae").glob("*-seed*.json")):
         content = read(path)
-        found[content["options"]["estimator"]].append(content)
+        if content["options"].get("temperature") is None:
+            found[content["options"]["estimator"]].append(content)
     return dict(found)
 
 
@@ -218,14 +230,19 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--estimator", choices=ESTIMATORS, nargs="+", default=["disarm"], help="run one after another")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--temperature", type=float, help="hold the temperature of rebar and relax at this value")
     options: argparse.Namespace = parser.parse_args(words)
+    if options.temperature is not None and not {"rebar", "relax"}.issuperset(options.estimator):
+        parser.error("needed the estimators rebar and relax for --temperature; the others have none that is tuned.")
     torch.set_num_threads(1)
     if not options.plot:
         images = pixels(options.data)
         for name in options.estimator:
             single = argparse.Namespace(**{**vars(options), "estimator": name})
-            path = options.out / "binary_vae" / f"{name}-seed{options.seed}.json"
-            run(name, options.seed, options.steps, images, Record("binary_vae", path, single))
+            held = "" if options.temperature is None else f"-temperature{options.temperature:g}"
+            path = options.out / "binary_vae" / f"{name}{held}-seed{options.seed}.json"
+            record = Record("binary_vae", path, single)
+            run(name, options.seed, options.steps, images, record, temperature=options.temperature)
     plot(options.out)
 
 
