@@ -42,7 +42,7 @@ LARGE: dict[str, list[tuple[int, ...]]] = {
     "cpu": [(1024, 64, 64), (2048, 64, 64), (2048, 1024), (8192, 1024)],
     "cuda": [(2048, 64, 64), (8192, 64, 64), (8192, 1024), (32768, 1024)],
 }
-LIMIT = "copy of as many bytes"
+LIMIT = "the copy"
 
 Forward = Callable[[Tensor], tuple[Tensor, ...]]
 
