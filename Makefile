@@ -52,7 +52,7 @@ test-slow: $(TEST_STAMP) ## run the slow tests and those on several processes
 	$(BIN)/python -m pytest -m "(slow or ddp) and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(PEERS_STAMP) ## measure in a short form, against the peers that can be installed, and draw the page of results
-	for name in layers estimators variance scaling memory training; do \
+	for name in layers bandwidth estimators variance scaling memory training; do \
 		$(BIN)/python -m benchmarks.$$name --seconds $(BENCH_SECONDS) || exit 1; done
 	$(BIN)/python -m benchmarks.render
 

@@ -67,7 +67,8 @@ def categorical(shape: tuple[int, int, int], seconds: float, device: str, unavai
     rows = []
     for kind, builders in cases.items():
         works = peers.usable(builders, unavailable)
-        rows += compare(f"{kind} categorical {shape}", works, reference="F.gumbel_softmax", seconds=seconds)
+        group = f"{kind} categorical {shape}"
+        rows += compare(group, works, reference="F.gumbel_softmax", seconds=seconds, device=device)
     return rows
 
 
@@ -98,7 +99,7 @@ def gaussian(shape: tuple[int, int], seconds: float, device: str, unavailable: d
     works = peers.usable(
         {"by hand": lambda: formula, "gaussian": ours, **peers.gaussian(params, upstream)}, unavailable
     )
-    return compare(f"gaussian with KL {shape}", works, reference="by hand", seconds=seconds)
+    return compare(f"gaussian with KL {shape}", works, reference="by hand", seconds=seconds, device=device)
 
 
 def bits(shape: tuple[int, int], seconds: float, device: str, unavailable: dict[str, str]) -> list[Row]:
@@ -122,7 +123,7 @@ def bits(shape: tuple[int, int], seconds: float, device: str, unavailable: dict[
         },
         unavailable,
     )
-    return compare(f"bits {shape}", works, reference="by hand", seconds=seconds)
+    return compare(f"bits {shape}", works, reference="by hand", seconds=seconds, device=device)
 
 
 def quantised(seconds: float, device: str, unavailable: dict[str, str]) -> list[Row]:
@@ -135,7 +136,8 @@ def quantised(seconds: float, device: str, unavailable: dict[str, str]) -> list[
         options = {"levels": levels} if kind == "fsq" else {"num_codes": 512, "code_dim": 32}
         builders = {kind: _quantiser(kind, inputs, latent_dim=64, **options)}
         works = peers.usable({**builders, **{f"{name} {kind}": build for name, build in other.items()}}, unavailable)
-        rows += compare(f"{kind} (64, 64, {inputs.shape[1] // 64})", works, reference=kind, seconds=seconds)
+        group = f"{kind} (64, 64, {inputs.shape[1] // 64})"
+        rows += compare(group, works, reference=kind, seconds=seconds, device=device)
     return rows
 
 

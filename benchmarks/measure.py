@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,6 +26,10 @@ SCHEMA = 1
 # Bytes of a tensor that is made and released first, as in any process that trains a larger model. From then on glibc
 # keeps freed memory of that size, and does not return it to the system, from which each page would be fetched anew.
 LARGE = 31 * 2**20
+# Seconds of one turn of a case. The first call of a turn finds the caches full of what the case before has left, which
+# cost a case of 1 ms half as much again: in training a layer is called step after step, not after another library. So a
+# turn is long, and its first call is not counted.
+TURN = 0.02
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "pyro-ppl", "storchastic", "reinmax", "vector-quantize-pytorch", "pythae")
 
@@ -73,7 +78,11 @@ def clock(device: str = "cpu") -> float:
 def interleave(
     cases: Mapping[str, Callable[[], object]], *, seconds: float, device: str = "cpu", min_rounds: int = 9
 ) -> dict[str, list[float]]:
-    """Time every case once per round, round after round, in an order that alternates.
+    """Time every case by turns, round after round, in an order that alternates.
+
+    A turn repeats its case for 20 ms, after one call that is not counted: the first one finds the caches full of what
+    the case before it has left. A case that takes longer than a turn by itself is called once, and counted: what it
+    finds in the caches does not matter to it.
 
     Args:
         cases: Functions of no argument that do the same work.
@@ -85,25 +94,31 @@ def interleave(
         Seconds per call, one list entry per round.
     """
     torch.empty(LARGE, dtype=torch.uint8).fill_(0)
-    for function in cases.values():  # warm-up: allocator, lazy initialisation, caches
-        for _ in range(3):
-            function()
+    counts = {name: math.ceil(TURN / _shortest(function, device)) for name, function in cases.items()}
     times: dict[str, list[float]] = {name: [] for name in cases}
-    repeats = {}
-    for name, function in cases.items():  # short calls are repeated, so that the clock's resolution does not matter
-        start = time.perf_counter()
-        function()
-        repeats[name] = max(1, min(50, int(2e-3 / (time.perf_counter() - start))))
     order, end = list(cases), time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[order[0]]) < min_rounds:
         for name in order:
-            function, count = cases[name], repeats[name]
+            function, count = cases[name], counts[name]
+            if count > 1:
+                function()
             start = clock(device)
             for _ in range(count):
                 function()
             times[name].append((clock(device) - start) / count)
         order.reverse()
     return times
+
+
+def _shortest(function: Callable[[], object], device: str, calls: int = 4) -> float:
+    """Wall time of the shortest of the first calls, which also warm up: allocator, compilation, lazy initialisation."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        function()
+        clock(device)  # waits for a GPU
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def summary(values: Sequence[float]) -> tuple[float, float, float]:

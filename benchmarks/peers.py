@@ -52,7 +52,7 @@ def categorical(logits: Tensor, upstream: Tensor, cost: Tensor) -> dict[str, dic
     def pyro_relaxed(hard: bool) -> Work:
         dist = _module("pyro.distributions")
         law = dist.RelaxedOneHotCategoricalStraightThrough if hard else dist.RelaxedOneHotCategorical
-        one = torch.ones(())
+        one = torch.ones((), device=logits.device)
         return lambda: backward(law(one, logits=logits).rsample())
 
     def pyro_straight_through() -> Work:
@@ -110,7 +110,7 @@ def gaussian(params: Tensor, upstream: Tensor) -> dict[str, Callable[[], Work]]:
     def pyro() -> Work:
         dist = _module("pyro.distributions")
         kl = _module("torch.distributions").kl_divergence
-        zero, one = torch.zeros(upstream.shape[-1]), torch.ones(upstream.shape[-1])
+        zero, one = torch.zeros_like(upstream[0]), torch.ones_like(upstream[0])
 
         def work() -> None:
             loc, log_variance = params.chunk(2, -1)
@@ -135,7 +135,7 @@ def quantised(x: Tensor, levels: list[int], codebook_size: int) -> dict[str, dic
         return work
 
     def build(name: str, inputs: Tensor, **options: Any) -> Callable[[], Work]:
-        return lambda: run(getattr(_module("vector_quantize_pytorch"), name)(**options), inputs)
+        return lambda: run(getattr(_module("vector_quantize_pytorch"), name)(**options).to(x.device), inputs)
 
     dim = x.shape[-1]
     return {

@@ -2,7 +2,8 @@
 
 A VAE 784-400-20-400-784 on binarized 28x28 images, batch 128, is trained by a loop written out in PyTorch and by
 ``VAE`` under a ``Trainer``, by turns, some hundred steps at a time. Counted is the time of a step with its data, after
-a warm-up; what a Trainer does once, before and after, is left out. ::
+a warm-up; what a Trainer does once, before and after, is left out. Pyro comes with its own loop, ``SVI``. Of pythae it
+is the model alone, in the loop with torch's default Adam, and not its trainer. ::
 
     python -m benchmarks.training
 """
@@ -77,9 +78,14 @@ def seconds_of_a_step(step: Callable[[Tensor], object], batches: Iterator[Tensor
     return (clock() - start) / STEPS
 
 
-def loop(pixels: Tensor, batches: Callable[[Tensor], Iterator[Tensor]], **options: Any) -> float:
-    """Seconds of a step of a loop written out."""
-    model = Bare()
+def loop(
+    pixels: Tensor,
+    batches: Callable[[Tensor], Iterator[Tensor]],
+    build: Callable[[], nn.Module] = Bare,
+    **options: Any,
+) -> float:
+    """Seconds of a step of a loop written out, for a model whose result is its loss."""
+    model = build()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **options)
 
     def step(x: Tensor) -> None:
@@ -89,6 +95,36 @@ def loop(pixels: Tensor, batches: Callable[[Tensor], Iterator[Tensor]], **option
         optimizer.step()
 
     return seconds_of_a_step(step, batches(pixels))
+
+
+def pythae() -> nn.Module:
+    """The same networks, likelihood and KL in pythae's ``VAE``, which is called as its own trainer does.
+
+    Its reconstruction loss ``"bce"`` takes probabilities where the others take logits. So its decoder ends in a
+    sigmoid, and the loss is ``F.binary_cross_entropy``, which cuts logarithms at -100. Number and gradient are those
+    from logits, but where a probability rounds to 0 or 1.
+    """
+    models, parts = importlib.import_module("pythae.models"), importlib.import_module("pythae.models.nn")
+    output = importlib.import_module("pythae.models.base.base_utils").ModelOutput
+
+    class Encoder(parts.BaseEncoder):  # type: ignore[name-defined, misc]
+        def forward(self, x: Tensor) -> Any:
+            loc, log_variance = self.network(x).chunk(2, -1)
+            return output(embedding=loc, log_covariance=log_variance)
+
+    class Decoder(parts.BaseDecoder):  # type: ignore[name-defined, misc]
+        def forward(self, z: Tensor) -> Any:
+            return output(reconstruction=self.network(z).sigmoid())
+
+    class Loss(models.VAE):  # type: ignore[name-defined, misc]
+        def forward(self, x: Tensor) -> Any:
+            return super().forward({"data": x}).loss
+
+    encoder, decoder = Encoder(), Decoder()
+    encoder.network, decoder.network = networks()
+    config = models.VAEConfig(input_dim=(1, 28, 28), latent_dim=20, reconstruction_loss="bce")
+    model: nn.Module = Loss(config, encoder=encoder, decoder=decoder)
+    return model
 
 
 def svi(pixels: Tensor) -> float:
@@ -182,12 +218,17 @@ def main() -> None:
         "LightningModule that logs each step": lambda: trained(Usual(), data),
         "LightningModule that logs nothing": lambda: trained(Usual(logs=False), data),
     }
+    others: dict[str, tuple[str, Callable[[], float]]] = {
+        "Pyro SVI": ("pyro", lambda: svi(pixels)),
+        "loop, torch's default Adam, pythae's model": ("pythae.models", lambda: loop(pixels, loaded, pythae)),
+    }
     unavailable = {}
-    try:
-        importlib.import_module("pyro")
-        cases["Pyro SVI"] = lambda: svi(pixels)
-    except ImportError as error:
-        unavailable["Pyro SVI"] = f"ImportError: {error}"
+    for name, (package, case) in others.items():
+        try:
+            importlib.import_module(package)
+            cases[name] = case
+        except ImportError as error:
+            unavailable[name] = f"ImportError: {error}"
     times: dict[str, list[float]] = {name: [] for name in cases}
     order, end = list(cases), time.perf_counter() + options.seconds
     while time.perf_counter() < end or len(times[REFERENCE]) < 5:

@@ -3,6 +3,7 @@
 from stochastic_layers.adapters import ChannelsFirst
 from stochastic_layers.arms import ARMS
 from stochastic_layers.baselines import Baseline, LearnedBaseline, LeaveOneOut, MovingAverage
+from stochastic_layers.captures import capture
 from stochastic_layers.control_variates import NVIL, MuProp
 from stochastic_layers.coupled import ARM, DisARM, DisARMTree
 from stochastic_layers.coupled_categorical import ARSM, CARMS
@@ -30,7 +31,7 @@ from stochastic_layers.rodeo import Rodeo
 from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce
 from stochastic_layers.sparse import SparsemaxMarginalization
 from stochastic_layers.straight_through import DecoupledStraightThrough, ReinMax, StraightThrough
-from stochastic_layers.surrogate import capture, surrogate
+from stochastic_layers.surrogate import surrogate
 from stochastic_layers.without_replacement import SumAndSample, UnorderedSet
 
 __all__ = [

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stochastic_layers.options import check_positive
+
 __all__ = ["BayesianLayer", "GaussianWeight", "LogUniformWeight", "kl_divergence"]
 
 
@@ -55,12 +57,11 @@ class GaussianWeight(nn.Module):
 
     def __init__(self, loc: Tensor, prior_scale: float, initial_scale: float) -> None:
         super().__init__()
-        for name, value in (("prior_scale", prior_scale), ("initial_scale", initial_scale)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"needed {name} > 0, got {value}.")
-        self.prior_scale = prior_scale
+        self.prior_scale = check_positive("prior_scale", prior_scale)
         self.loc = nn.Parameter(loc.detach().clone())
-        self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(initial_scale)))
+        self.log_scale = nn.Parameter(
+            torch.full_like(self.loc, math.log(check_positive("initial_scale", initial_scale)))
+        )
 
     @property
     def scale(self) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stochastic_layers.codes import Codes, check_positive_int
+from stochastic_layers.codes import Codes
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import refuse_recomputation
 
 __all__ = ["Codebook", "LearnedCodebook", "NearestCodes", "ProjectedCodebook"]
@@ -31,9 +32,7 @@ class NearestCodes(Codes):
     def __init__(self, code_dim: int, num_codes: int) -> None:
         super().__init__()
         self.code_dim = check_positive_int("code_dim", code_dim)
-        self.num_codes = check_positive_int("num_codes", num_codes)
-        if num_codes < 2:
-            raise ValueError(f"needed num_codes >= 2, got {num_codes}.")
+        self.num_codes = check_positive_int("num_codes", num_codes, least=2)
 
     @abstractmethod
     def table(self) -> Tensor:

@@ -19,7 +19,6 @@ __all__ = [
     "ResidualCodes",
     "SignCodes",
     "SphereCodes",
-    "check_positive_int",
     "perplexity",
 ]
 
@@ -148,9 +147,11 @@ class GridCodes(LevelCodes):
         offset = 0.5 * (1 - levels % 2)
         return torch.tanh(x + (offset / half).tan()) * half - offset
 
-    def soften(self, x: Tensor) -> Tensor:
-        """The differentiable value that :meth:`decode` rounds, on the scale of the codes."""
-        return self.bound(x) / (self.levels // 2)
+    def rounded(self, x: Tensor) -> Tensor:
+        """The codes of x, with the gradient of what is rounded: ``decode(indices(x))`` without the indices."""
+        bound = self.bound(x)
+        level = bound.detach().round() + (bound - bound.detach())  # in this order the value is exactly the level
+        return level / (self.levels // 2)
 
     def digits(self, x: Tensor) -> Tensor:
         return self.bound(x).round().long() + self.levels // 2

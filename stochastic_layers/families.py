@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
 from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.quadrature import gauss_hermite, product_rule
 from stochastic_layers.registry import nearest
 
@@ -50,8 +51,7 @@ class Family(ABC):
     parts: ClassVar[tuple[str, ...]] = ("logits",)  # what params holds, in this order along its last dimension
 
     def __init__(self, latent_dim: int, num_categories: int | None = None) -> None:
-        if not isinstance(latent_dim, int) or isinstance(latent_dim, bool) or latent_dim < 1:
-            raise ValueError(f"needed latent_dim >= 1, got {latent_dim!r}; pass the number of latent variables.")
+        self.latent_dim = check_positive_int("latent_dim", latent_dim, "pass the number of latent variables")
         if self.takes_categories:
             if not isinstance(num_categories, int) or isinstance(num_categories, bool) or num_categories < 2:
                 raise ValueError(
@@ -62,7 +62,6 @@ class Family(ABC):
                 f"family {self.name!r} has no num_categories, got {num_categories!r}; leave it out or use "
                 "family='categorical'."
             )
-        self.latent_dim = latent_dim
         self.num_categories = num_categories
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stochastic_layers.codes import CellCodes, GridCodes
 from stochastic_layers.layer import Sample
+from stochastic_layers.point_mass import PointMass
 from stochastic_layers.quantized import QuantizedLayer
 from stochastic_layers.registry import register
 
@@ -55,10 +56,10 @@ class FiniteScalarQuantizer(QuantizedLayer):
     def __init__(self, latent_dim: int, *, levels: Sequence[int] = (8, 5, 5, 5), family: str = "quantized") -> None:
         super().__init__(latent_dim, GridCodes(levels), family=family)
 
-    def pass_gradient(self, x: Tensor, hard: Tensor) -> Tensor:
+    def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         assert isinstance(self.codes, GridCodes)
-        soft = self.codes.soften(x)
-        return hard + (soft - soft.detach())
+        z = self.codes.rounded(self.family.unflatten(params)).flatten(-2)
+        return self._sample(PointMass(z.detach()), z.unsqueeze(0))
 
 
 @register("fsp")

@@ -16,6 +16,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform, co
 from stochastic_layers.continuous_families import ContinuousFamily
 from stochastic_layers.families import MAX_LOG_VARIANCE, gaussian_nodes, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register
 
 __all__ = ["Flow", "FlowDistribution", "FlowFamily"]
@@ -210,8 +211,7 @@ class Flow(StochasticLayer):
                 f"needed num_transforms >= 1 and positive hidden_features, got {num_transforms!r} and "
                 f"{list(hidden_features)}."
             )
-        if not isinstance(latent_dim, int) or latent_dim < 1:
-            raise ValueError(f"needed latent_dim >= 1, got {latent_dim!r}; pass the number of latent variables.")
+        check_positive_int("latent_dim", latent_dim, "pass the number of latent variables")
         zuko = _import_zuko()
         context_features = latent_dim if context_features is None else context_features
         build = zuko.flows.NSF if transform == "spline" else zuko.flows.MAF

@@ -13,7 +13,7 @@ from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import exponential, uniform
-from stochastic_layers.options import check_positive_int
+from stochastic_layers.options import check_not_negative, check_positive_int
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
@@ -356,9 +356,7 @@ class GappedStraightThrough(TemperedLayer):
             num_samples=num_samples,
             temperature=temperature,
         )
-        if not 0 <= float(gap) < float("inf"):
-            raise ValueError(f"needed gap >= 0, got {gap}; 1 is usual.")
-        self.gap = float(gap)
+        self.gap = float(check_not_negative("gap", gap, "1 is usual"))
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)

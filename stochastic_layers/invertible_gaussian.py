@@ -11,6 +11,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, gaussian_nodes, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import check_positive
 from stochastic_layers.registry import register
 
 __all__ = ["InvertibleGaussian", "InvertibleGaussianDistribution", "InvertibleGaussianFamily"]
@@ -194,8 +195,7 @@ class InvertibleGaussian(StochasticLayer):
         temperature: float = 0.5,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
-        if not 0 < float(temperature) < math.inf:
-            raise ValueError(f"needed temperature > 0, got {temperature}; 0.1 to 1 is usual.")
+        check_positive("temperature", temperature, "0.1 to 1 is usual")
         self.family = InvertibleGaussianFamily(latent_dim, num_categories, float(temperature))
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:

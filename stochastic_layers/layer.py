@@ -6,7 +6,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from stochastic_layers.auxiliary import with_gradient_of
+from stochastic_layers.captures import innermost
 from stochastic_layers.families import Family, create_family
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import recomputing, refuse_reentrant
 from stochastic_layers.registry import nearest
 
 __all__ = ["Sample", "StochasticLayer", "sum_rightmost"]
-
-# The list that the innermost ``capture()`` fills, None outside; a ContextVar so that threads and tasks do not mix.
-captured: ContextVar[list[Sample] | None] = ContextVar("captured", default=None)
 
 
 def sum_rightmost(tensor: Tensor, ndim: int) -> Tensor:
@@ -165,10 +163,8 @@ class StochasticLayer(nn.Module, ABC):
                 f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; "
                 f"{nearest(name, self.families)} See sl.list_layers(family={name!r})."
             )
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise ValueError(f"needed num_samples >= 1, got {num_samples!r}.")
+        self.num_samples = check_positive_int("num_samples", num_samples)
         self.family: Family = create_family(family, latent_dim, num_categories)
-        self.num_samples = num_samples
 
     @abstractmethod
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
@@ -250,7 +246,7 @@ class StochasticLayer(nn.Module, ABC):
             RuntimeError: The layer needs the cost, is in training mode with gradients on, and no ``sl.capture()`` is
                 open, so that its gradient would silently be zero.
         """
-        samples = captured.get()
+        samples = innermost()
         needs_cost = "cost" in self.needs and self.training and torch.is_grad_enabled()
         if needs_cost and recomputing():  # a recomputation is of a call that was captured
             refuse_reentrant()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stochastic_layers.codes import SignCodes, SphereCodes
-from stochastic_layers.quantized import QuantizedLayer, check_weight
+from stochastic_layers.options import check_not_negative, check_positive
+from stochastic_layers.quantized import QuantizedLayer
 from stochastic_layers.registry import register
 
 __all__ = ["BinarySphericalQuantizer", "LookupFreeQuantizer"]
@@ -50,10 +51,8 @@ class BinaryQuantizer(QuantizedLayer):
         temperature: float,
     ) -> None:
         super().__init__(latent_dim, codes, family=family, commitment_weight=commitment_weight)
-        self.entropy_weight = check_weight("entropy_weight", entropy_weight)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"needed temperature > 0, got {temperature}; 0.01 to 1 is usual.")
-        self.temperature = temperature
+        self.entropy_weight = check_not_negative("entropy_weight", entropy_weight)
+        self.temperature = check_positive("temperature", temperature, "0.01 to 1 is usual")
 
     def penalties(self, x: Tensor, hard: Tensor, indices: Tensor) -> Mapping[str, Tensor]:
         losses = dict(super().penalties(x, hard, indices))

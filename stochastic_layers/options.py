@@ -8,13 +8,30 @@ from numbers import Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_kinds", "check_positive_int", "check_values", "require_two"]
+__all__ = ["check_kinds", "check_not_negative", "check_positive", "check_positive_int", "check_values", "require_two"]
 
 LARGEST = 2**31 - 1  # no size of a layer is larger; torch and Python loops would answer in ways of their own
 
 
-def check_positive_int(name: str, value: object, advice: str = "") -> int:
-    """Return ``value`` if it is a whole number of 1 or more.
+def check_positive_int(name: str, value: object, advice: str = "", *, least: int = 1) -> int:
+    """Return ``value`` if it is a whole number of ``least`` or more.
+
+    Args:
+        name: Of the option, for the message.
+        value: Of the option.
+        advice: What is usual or what to do instead, for the message.
+        least: The smallest that will do.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"needed {name} >= {least}, got {value!r}{'; ' if advice else ''}{advice}.")
+    return value
+
+
+def check_positive(name: str, value: float, advice: str = "") -> float:
+    """Return ``value`` if it is positive and finite.
 
     Args:
         name: Of the option, for the message.
@@ -24,8 +41,24 @@ def check_positive_int(name: str, value: object, advice: str = "") -> int:
     Raises:
         ValueError: It is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"needed {name} >= 1, got {value!r}{'; ' if advice else ''}{advice}.")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"needed {name} > 0, got {value}{'; ' if advice else ''}{advice}.")
+    return value
+
+
+def check_not_negative(name: str, value: float, advice: str = "") -> float:
+    """Return ``value`` if it is zero, or positive and finite.
+
+    Args:
+        name: Of the option, for the message.
+        value: Of the option.
+        advice: What is usual or what to do instead, for the message.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"needed {name} >= 0, got {value}{'; ' if advice else ''}{advice}.")
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stochastic_layers.codebooks import Codebook
-from stochastic_layers.codes import Codes, ResidualCodes, check_positive_int, perplexity
+from stochastic_layers.codes import Codes, ResidualCodes, perplexity
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import check_not_negative, check_positive_int
 from stochastic_layers.point_mass import PointMass, QuantizedFamily
-from stochastic_layers.recomputation import Pass, Passes, recomputing
+from stochastic_layers.recomputation import Pass, Passes, may_be_recomputed, recomputing
 from stochastic_layers.registry import register
 
 __all__ = [
@@ -21,19 +21,7 @@ __all__ = [
     "ResidualVectorQuantizer",
     "RotationTrick",
     "VectorQuantizer",
-    "check_weight",
 ]
-
-
-def check_weight(name: str, value: float) -> float:
-    """Return ``value`` if it can weight a loss.
-
-    Raises:
-        ValueError: It is negative or not finite.
-    """
-    if not 0 <= value < math.inf:
-        raise ValueError(f"needed {name} >= 0, got {value}.")
-    return value
 
 
 class QuantizedLayer(StochasticLayer):
@@ -63,7 +51,7 @@ class QuantizedLayer(StochasticLayer):
         super().__init__(latent_dim, family=family)
         self.codes = codes
         self.family: QuantizedFamily = QuantizedFamily(latent_dim, codes=codes)
-        self.commitment_weight = check_weight("commitment_weight", commitment_weight)
+        self.commitment_weight = check_not_negative("commitment_weight", commitment_weight)
         self.passes = Passes()
         self._adapts = type(codes).update is not Codes.update
 
@@ -119,7 +107,7 @@ class QuantizedLayer(StochasticLayer):
     def _learn(self, x: Tensor) -> Sample:
         """Quantise x and let the codes learn from it; the sample is made with the codes as they were before."""
         rows = x.detach().reshape(-1, self.code_dim)
-        this = None if torch.compiler.is_compiling() else Pass(x)
+        this = Pass(x) if may_be_recomputed() else None
         self.codes.initialize(rows)
         if this is not None:
             this.keep(self.codes)

@@ -12,13 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-__all__ = ["Pass", "Passes", "recomputing", "refuse_recomputation", "refuse_reentrant"]
+__all__ = ["Pass", "Passes", "may_be_recomputed", "recomputing", "refuse_recomputation", "refuse_reentrant"]
 
 
 def recomputing() -> bool:
     """Whether this code runs inside a backward pass, where ``torch.utils.checkpoint`` calls a region again."""
     # under torch.compile the recomputation is part of the compiled graph, and no Python code runs again
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
+    """Whether a backward pass may compute this code again, and needs what the forward pass has used.
+
+    Non-reentrant checkpointing sets hooks on saved tensors while its region runs. Reentrant checkpointing runs its
+    region without gradients, so that there is no graph to keep anything; compiled code does not run again as Python.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch before 2.8 cannot be asked
+    return hooks is None or hooks(True) is not None
 
 
 def refuse_recomputation(state: str) -> None:

@@ -12,6 +12,7 @@ from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import draw_index, one_hot, softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import check_positive
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
 
@@ -138,8 +139,7 @@ class DecoupledStraightThrough(TemperedLayer):
             num_samples=num_samples,
             temperature=temperature,
         )
-        if not 0 < float(sampling_temperature) < float("inf"):
-            raise ValueError(f"needed sampling_temperature > 0, got {sampling_temperature}; 1 leaves the law alone.")
+        check_positive("sampling_temperature", sampling_temperature, "1 leaves the law alone")
         self.sampling_temperature = float(sampling_temperature)
 
     def law(self, params: Tensor) -> Distribution:

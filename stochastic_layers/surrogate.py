@@ -1,37 +1,14 @@
-"""Capture the samples of the layers inside a model, and turn one cost into the loss of them all."""
+"""From one cost to the loss of all the layers inside a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from stochastic_layers.layer import Sample, captured
+from stochastic_layers.layer import Sample
 
-__all__ = ["capture", "surrogate"]
-
-
-@contextmanager
-def capture() -> Iterator[list[Sample]]:
-    """Collect the :class:`Sample` of every layer called inside, in the order of the calls.
-
-    Each thread and each asyncio task has its own captures; of nested ones the innermost collects.
-
-    Example:
-        >>> import torch, stochastic_layers as sl
-        >>> layer = sl.create("reinforce", latent_dim=3, family="bernoulli")
-        >>> with sl.capture() as samples:
-        ...     z = layer(torch.zeros(5, 3))
-        >>> len(samples), z.shape
-        (1, torch.Size([5, 3]))
-    """
-    samples: list[Sample] = []
-    token = captured.set(samples)
-    try:
-        yield samples
-    finally:
-        captured.reset(token)
+__all__ = ["surrogate"]
 
 
 def surrogate(cost: Tensor, samples: Sequence[Sample]) -> Tensor:

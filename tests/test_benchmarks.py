@@ -5,10 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("benchmarks", reason="a release does not hold the benchmarks")
 
-from benchmarks import measure, render
+from benchmarks import bandwidth, measure, render
 from benchmarks.measure import Row
 from benchmarks.scaling import exponent
 
@@ -19,10 +20,11 @@ def work(size):
     return lambda: sum(range(size))
 
 
-@pytest.fixture
-def result(tmp_path):
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
     rows = measure.compare("sums", {"short": work(3_000), "long": work(30_000)}, reference="short", seconds=0.1)
-    return measure.write("sums", "Which?", rows, folder=tmp_path, unavailable={"peer": "ImportError: none"})
+    folder = tmp_path_factory.mktemp("results")
+    return measure.write("sums", "Which?", rows, folder=folder, unavailable={"peer": "ImportError: none"})
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
@@ -42,6 +44,79 @@ def test_interleaved_ratios_find_what_takes_longer(result):
     assert 3 < rows["long"]["ratio"] < 30 and rows["short"]["ratio"] == 1
     assert rows["long"]["rounds"] == rows["short"]["rounds"] >= 9
     assert not list(result.parent.glob("*.part"))
+
+
+class Clocked:
+    """A case that says how long it takes, and what each call found: whether another case was called before."""
+
+    def __init__(self, calls, seconds, cold=0.0):
+        self.calls, self.seconds, self.cold = calls, seconds, cold
+
+    def __call__(self):
+        self.calls.append((self, self.seconds + (self.cold if self.calls and self.calls[-1][0] is not self else 0.0)))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of all cases; the clocks show what they say they take."""
+    made = []
+    monkeypatch.setattr(measure, "clock", lambda device="cpu": sum(seconds for _, seconds in made))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: sum(seconds for _, seconds in made))
+    return made
+
+
+def test_a_turn_is_long_and_does_not_count_its_first_call_with_cold_caches(calls):
+    cases = {"short": Clocked(calls, 1e-3, cold=5e-4), "other": Clocked(calls, 8e-3, cold=5e-4)}
+    times = measure.interleave(cases, seconds=0.0, min_rounds=4)
+    assert times["short"] == pytest.approx([1e-3] * 4) and times["other"] == pytest.approx([8e-3] * 4)
+    turns = [case for case, _ in calls[8:]]  # after the warm-up
+    assert turns.count(cases["short"]) == 4 * (1 + 20) and turns.count(cases["other"]) == 4 * (1 + 3)
+
+
+def test_a_case_longer_than_a_turn_is_called_once_a_round(calls):
+    cases = {"short": Clocked(calls, 1e-2), "long": Clocked(calls, 0.3)}
+    times = measure.interleave(cases, seconds=0.0, min_rounds=4)
+    assert [case for case, _ in calls[8:]].count(cases["long"]) == 4
+    assert times["long"] == pytest.approx([0.3] * 4)
+
+
+@pytest.mark.parametrize("name", bandwidth.NUMBERS)
+def test_the_bytes_of_the_limit_are_counted_by_the_size_of_z(name):
+    shape = (6, 5) if name == "gaussian" else (6, 5, 4)
+    forward, params = bandwidth.forward(name, shape, "cpu")
+    results = forward(params)
+    z, last = results[0], results[-1]
+    (gradient,) = bandwidth.work(forward, params, torch.randn_like(last))()
+    moved = params.numel() + z.numel() + (0 if name == "reinforce" else z.numel()) + gradient.numel()
+    assert moved == (bandwidth.NUMBERS[name] - 1) * z.numel()  # all but what backward reads again
+    assert gradient.shape == params.shape and gradient.any()
+
+
+def test_a_layer_that_cannot_be_compiled_is_measured_without(monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    unavailable = {}
+    rows, bandwidth_of_copy = bandwidth.measure("reinmax", (6, 5, 4), 0.0, "cpu", unavailable)
+    assert [row.name for row in rows] == [bandwidth.LIMIT, "eager"] and bandwidth_of_copy > 0
+    assert unavailable == {"reinmax (6, 5, 4) compiled": "RuntimeError: no C++ compiler"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bandwidth.NUMBERS)
+def test_what_the_bandwidth_is_compared_with_compiles(name):
+    unavailable = {}
+    rows, _ = bandwidth.measure(name, (6, 5) if name == "gaussian" else (6, 5, 4), 0.0, "cpu", unavailable)
+    assert not unavailable and [row.name for row in rows] == [bandwidth.LIMIT, "eager", "compiled"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", bandwidth.NUMBERS)
+def test_the_bandwidth_is_measured_on_a_gpu(name):
+    unavailable = {}
+    rows, _ = bandwidth.measure(name, (64, 32) if name == "gaussian" else (64, 32, 16), 0.0, "cuda", unavailable)
+    assert not unavailable and [row.name for row in rows] == [bandwidth.LIMIT, "eager", "compiled"]
 
 
 def test_the_page_names_losses_and_what_was_not_measured(result):

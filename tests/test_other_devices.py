@@ -130,3 +130,18 @@ def test_a_model_works_where_its_data_are(kind):
             assert {value.device.type for value in bound.values()} == {"lazy"}
 
     on_either_spelling(step)
+
+
+@pytest.mark.parametrize("name", ["softmax", "straight_through", "reinforce", "reinmax", "gumbel_softmax", "gaussian"])
+def test_the_bandwidth_is_measured_where_it_is_asked_for(name):
+    bandwidth = pytest.importorskip("benchmarks.bandwidth", reason="a release does not hold the benchmarks")
+
+    def measure(device):
+        with without_numbers():
+            forward, params = bandwidth.forward(name, (6, 5) if name == "gaussian" else (6, 5, 40), device)
+            results = forward(params)
+            gradients = bandwidth.work(forward, params, torch.empty_like(results[-1]))()
+            copied = bandwidth.copy(8, device)()
+            assert {tensor.device.type for tensor in (*results, *gradients, copied)} == {"lazy"}
+
+    on_either_spelling(measure)

@@ -1,20 +1,15 @@
-"""Pictures, schedules and the warning of collapse: right, in any logger, and without a trace in training."""
-
-import warnings
-from types import SimpleNamespace
+"""Pictures: right, in any logger, and without a trace in training; and the numbers that are logged beside them."""
 
 import lightning as L
 import pytest
 import torch
-from quiet_trainer import quiet_trainer
+from image_runs import images, loader, trainer
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_layers as sl
 from lightning_modules import VAE, CollapseWarning, HierarchicalVAE, Pictures, TemperatureSchedule
 from lightning_modules.callbacks.figures import image_grid
 from lightning_modules.callbacks.traversals import interpolations, traversal
-from lightning_modules.data import Digits
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -30,20 +25,6 @@ LAYERS = {
     "invertible_gaussian": {"latent_dim": 2, "num_categories": 3},
 }
 IMAGES = {"samples", "reconstructions", "traversals", "interpolations"}
-
-
-def images(count=40, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(count, 1, 8, 8, generator=generator) > 0.5).float()
-
-
-def loader(x=None, **options):
-    return DataLoader(TensorDataset(images() if x is None else x), batch_size=8, **options)
-
-
-def trainer(tmp_path, **options):
-    defaults = dict(log_every_n_steps=2, max_epochs=2, default_root_dir=tmp_path, num_sanity_val_steps=0)
-    return quiet_trainer(**(defaults | options))
 
 
 def model_of(name, **options):
@@ -246,119 +227,12 @@ def test_options_out_of_range_are_refused():
             CollapseWarning(**options)
 
 
-class Watch(L.Callback):
-    """Keeps the temperature of every step."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def on_train_batch_end(self, run, module, *args):
-        self.seen[run.global_step - 1] = float(module.layer.temperature)
-
-
-def test_temperature_follows_the_optimizer_step_through_a_restart(tmp_path):
-    def run(schedule, **options):
-        watch, ckpt = Watch(), options.pop("ckpt_path", None)
-        L.seed_everything(0, verbose=False)
-        model = VAE("gumbel_softmax", LAYERS["gumbel_softmax"])
-        run = trainer(tmp_path, callbacks=[schedule, watch], max_epochs=4, **options)
-        run.fit(model, loader(), ckpt_path=ckpt)
-        return run, watch.seen, model
-
-    schedule = TemperatureSchedule(1.0, 0.1, steps=12, shape="linear")
-    whole, seen, model = run(schedule)
-    assert seen == pytest.approx({s: max(0.1, 1 - 0.9 * s / 12) for s in range(20)}, rel=1e-6)
-    assert whole.callback_metrics["train/temperature"] == pytest.approx(0.1)
-    half, first, _ = run(schedule, max_steps=10)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    _, second, resumed = run(schedule, ckpt_path=tmp_path / "half.ckpt")
-    assert first | second == seen
-    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in model.state_dict().items())
-    _, accumulated, _ = run(schedule, accumulate_grad_batches=5)
-    assert accumulated[3] == pytest.approx(1 - 0.9 * 3 / 12)
-
-
-def test_temperature_schedule_refuses_layers_without_a_temperature_to_set(tmp_path):
-    learned = VAE("gumbel_softmax", LAYERS["gumbel_softmax"] | {"learn_temperature": True})
-    for model, message in ((VAE("gaussian"), "got 'gaussian'"), (learned, "learn_temperature=True")):
-        with pytest.raises(ValueError, match=message):
-            trainer(tmp_path, callbacks=[TemperatureSchedule()]).fit(model, loader())
-
-
 def test_schedules_are_drawn_where_something_moves(tmp_path):
     pictures = Pictures(str(tmp_path), num_images=3)
     model = VAE("gumbel_softmax", LAYERS["gumbel_softmax"], objective={"name": "elbo", "kl_warmup_steps": 5})
     trainer(tmp_path, callbacks=[pictures, TemperatureSchedule(steps=5)]).fit(model, loader())
     assert "schedules" in {f.stem for f in pictures.files}
     assert {"temperature", "beta"} <= set(pictures.history)
-
-
-def warned(layer, options, objective, tmp_path, **callback):
-    L.seed_everything(0, verbose=False)
-    model = VAE(layer, options, objective=objective, lr=3e-3)
-    watch = CollapseWarning(**({"after_steps": 80, "patience": 2} | callback))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run = trainer(tmp_path, max_epochs=14, log_every_n_steps=50, callbacks=[watch])
-        run.fit(model, Digits(binarization="dynamic"))
-    return [str(w.message) for w in caught if "collapse" in str(w.message)], run
-
-
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("layer", "options"),
-    [
-        ("gaussian", {"latent_dim": 8}),
-        pytest.param("straight_through", {"latent_dim": 16}, marks=SLOW),
-        pytest.param("gumbel_softmax", {"latent_dim": 8, "num_categories": 4}, marks=SLOW),
-        pytest.param("vq", {"latent_dim": 4, "code_dim": 4, "num_codes": 16}, marks=SLOW),
-    ],
-)
-def test_a_healthy_run_is_not_warned_of_collapse(layer, options, tmp_path):
-    messages, run = warned(layer, options, "elbo", tmp_path)
-    assert messages == []
-    assert run.callback_metrics["val/active_units"] >= 3
-
-
-@pytest.mark.parametrize(
-    ("layer", "options"),
-    [("gaussian", {"latent_dim": 8}), pytest.param("straight_through", {"latent_dim": 16}, marks=SLOW)],
-)
-def test_a_collapsed_run_is_warned_of_once_with_what_to_try(layer, options, tmp_path):
-    (message,), run = warned(layer, options, {"name": "elbo", "beta": 50.0}, tmp_path)
-    assert run.callback_metrics["val/active_units"] == 0
-    assert f"0 of {options['latent_dim']} latent units" in message
-    assert "kl_warmup_steps" in message and "free_bits" in message and "a beta below 50" in message
-
-
-def test_collapse_counts_validations_in_a_row_after_the_grace_and_the_warmup():
-    def warnings_at(active, *, objective="elbo", stage="fit", **options):
-        model, watch, steps = VAE("gaussian", {"latent_dim": 20}, objective=objective), CollapseWarning(**options), []
-        for number, count in enumerate(active):
-            run = SimpleNamespace(
-                sanity_checking=False,
-                state=SimpleNamespace(fn=stage),
-                global_step=100 * number,
-                callback_metrics={"val/active_units": torch.tensor(count)},
-            )
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                watch.on_validation_end(run, model)
-            steps += [100 * number] * len(caught)
-            again = CollapseWarning(**options)
-            again.load_state_dict(watch.state_dict())  # as after a restart
-            watch = again
-        return steps
-
-    assert warnings_at([0] * 30) == [1400]  # five validations from step 1000 on, once
-    assert warnings_at([1] * 30) == []  # 5 % of 20 are not below 5 %
-    assert warnings_at([0] * 30, min_active=0.2, after_steps=0, patience=1) == [0]
-    assert warnings_at([0, 0, 5, 0, 0, 5] * 5, after_steps=0, patience=3) == []
-    warmup = {"name": "elbo", "kl_warmup_steps": 2000}
-    assert warnings_at([0] * 30, objective=warmup) == [2400]
-    assert warnings_at([0] * 30, stage="validate") == []
 
 
 def test_the_best_elbo_is_logged_and_survives_a_restart(tmp_path):

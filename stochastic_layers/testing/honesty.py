@@ -8,8 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from stochastic_layers.captures import capture
 from stochastic_layers.layer import StochasticLayer
-from stochastic_layers.surrogate import capture, surrogate
+from stochastic_layers.surrogate import surrogate
 from stochastic_layers.testing.contract import expect
 from stochastic_layers.testing.exact import PolynomialCost
 from stochastic_layers.testing.subject import NotApplicable, Subject, close, step
