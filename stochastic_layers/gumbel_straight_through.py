@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
+from stochastic_layers.categorical import softmax, tempered_softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import exponential, uniform
@@ -283,7 +284,7 @@ def conditional_ratios(probs: Tensor, one_hot: Tensor, count: int) -> Tensor:
     noise = exponential((len(one_hot), count, *one_hot.shape[1:]), one_hot)
     least = (noise * one_hot.unsqueeze(1)).sum(0)
     others = (1 - one_hot) / probs.clamp_min(torch.finfo(probs.dtype).tiny)
-    return least / noise.mul_(others.unsqueeze(1)).add_(least)
+    return noise.mul_(others.unsqueeze(1)).add_(least).reciprocal_().mul_(least)  # in place: no memory to fetch
 
 
 def conditional_magnitude(rest: Tensor, count: int) -> Tensor:
@@ -364,11 +365,14 @@ class GappedStraightThrough(TemperedLayer):
         temperature = self.temperature.to(params.dtype)
         if isinstance(self.family, CategoricalFamily):
             logits, one_hot = self.family.unflatten(params), self.family.unflatten(hard)
-            values, hot = (_categories_first(t) for t in (logits.unsqueeze(0), one_hot))
-            top = values.amax(0)
-            moved = torch.where(hot > 0, top, torch.minimum(values, top - self.gap))
-            terms = [Term(1 / temperature, moved.div_(temperature).softmax(0).unsqueeze(1))]
-            return self._sample(q, with_slope(one_hot, logits, terms).flatten(-2))
+            values = logits.detach()
+            top = values.amax(-1, keepdim=True)
+            moved = torch.where(one_hot > 0, top, torch.minimum(values, top - self.gap))
+            if kernels_usable():
+                soft = tempered_softmax(logits.unsqueeze(0), moved, temperature)
+            else:
+                soft = softmax((moved + (logits - values)) / temperature)
+            return self._sample(q, with_value(one_hot, soft).flatten(-2))
         # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
         sign, zero = 2 * hard - 1, params - params.detach()
         soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
