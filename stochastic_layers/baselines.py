@@ -160,9 +160,8 @@ class LearnedBaseline(Baseline):
                 f"needed a context [*batch, {self.context_features}], got {list(context.shape)}; build the layer with "
                 f"baseline={{'name': 'learned', 'context_features': {context.shape[-1]}}}."
             )
-        first = self.network[0]
-        assert isinstance(first, nn.Linear)
-        prediction: Tensor = self.network(context.to(first.weight.dtype)).squeeze(-1)  # [*batch]
+        dtype = next(self.network.parameters()).dtype
+        prediction: Tensor = self.network(context.to(dtype)).squeeze(-1)  # [*batch]
         # a cost that has summed trailing batch dimensions is predicted by the sum of their predictions
         return prediction.flatten(cost.dim() - 1).sum(-1) if prediction.dim() > cost.dim() - 1 else prediction
 
