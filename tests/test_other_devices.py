@@ -32,7 +32,7 @@ def without_numbers():
         patch.setattr(layer_module, "_without_autocast", lambda device_type: nullcontext())
         patch.setattr(recomputation, "_random_state", lambda device: [])
         for name in ("_standard_gamma", "_sample_dirichlet"):  # their kernels need numbers
-            patch.setattr(torch, name, lambda concentration: concentration * 1.0)
+            patch.setattr(torch, name, lambda concentration, **options: concentration * 1.0)
         patch.setattr(torch, "_dirichlet_grad", lambda x, concentration, total: x * total)
         patch.setattr(torch, "poisson", lambda rate: rate.detach() + 0.0)
         patch.setattr(torch, "binomial", lambda count, prob: count * prob)
