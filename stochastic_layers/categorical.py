@@ -65,6 +65,8 @@ def tempered_softmax(logits: Tensor, scores: Tensor, temperature: Tensor) -> Ten
         scores: ``[S, *batch, C]`` without gradient; overwritten.
         temperature: ``[1]`` without gradient.
     """
+    if not kernels_usable():
+        return softmax((scores + (logits - logits.detach())) / temperature)
     z: Tensor = _TemperedSoftmax.apply(logits.expand(scores.shape), scores, temperature)  # type: ignore[no-untyped-call]
     return z
 
@@ -108,9 +110,9 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
 
 def _row_sums(rows: Tensor) -> Tensor:
     """``rows.sum(-1)`` of short rows ``[N, C]``; on a CPU as a product with ones, which takes half the time."""
-    if torch.compiler.is_compiling() or rows.device.type != "cpu":
-        return rows.sum(-1)
-    if torch.get_float32_matmul_precision() != "highest":  # which cannot be asked in a graph
+    # the precision is asked last, and never in a graph, where it cannot be
+    in_graph = torch.compiler.is_compiling()
+    if in_graph or rows.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
         return rows.sum(-1)
     return rows @ torch.ones(rows.shape[-1], dtype=rows.dtype)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
-from stochastic_layers.categorical import softmax, tempered_softmax
+from stochastic_layers.categorical import tempered_softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import exponential, uniform
-from stochastic_layers.options import check_not_negative, check_positive_int
+from stochastic_layers.options import check_positive, check_positive_int
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import GumbelSoftmax, TemperedLayer
 
@@ -357,7 +357,7 @@ class GappedStraightThrough(TemperedLayer):
             num_samples=num_samples,
             temperature=temperature,
         )
-        self.gap = float(check_not_negative("gap", gap, "1 is usual"))
+        self.gap = float(check_positive("gap", gap, "1 is usual", or_zero=True))
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
@@ -368,10 +368,7 @@ class GappedStraightThrough(TemperedLayer):
             values = logits.detach()
             top = values.amax(-1, keepdim=True)
             moved = torch.where(one_hot > 0, top, torch.minimum(values, top - self.gap))
-            if kernels_usable():
-                soft = tempered_softmax(logits.unsqueeze(0), moved, temperature)
-            else:
-                soft = softmax((moved + (logits - values)) / temperature)
+            soft = tempered_softmax(logits.unsqueeze(0), moved, temperature)
             return self._sample(q, with_value(one_hot, soft).flatten(-2))
         # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
         sign, zero = 2 * hard - 1, params - params.detach()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stochastic_layers.codebooks import LearnedCodebook, ProjectedCodebook
-from stochastic_layers.options import check_not_negative
+from stochastic_layers.options import check_positive
 from stochastic_layers.quantized import QuantizedLayer
 from stochastic_layers.registry import register
 
@@ -127,7 +127,7 @@ class DiVeQ(QuantizedLayer):
     ) -> None:
         codes = LearnedCodebook(code_dim, num_codes, decay=decay, revive_below=revive_below)
         super().__init__(latent_dim, codes, family=family)
-        self.noise_scale = check_not_negative("noise_scale", noise_scale)
+        self.noise_scale = check_positive("noise_scale", noise_scale, or_zero=True)
 
     def pass_gradient(self, x: Tensor, hard: Tensor) -> Tensor:
         error = hard - x

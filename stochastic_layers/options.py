@@ -8,7 +8,7 @@ from numbers import Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_kinds", "check_not_negative", "check_positive", "check_positive_int", "check_values", "require_two"]
+__all__ = ["check_kinds", "check_positive", "check_positive_int", "check_values", "require_two"]
 
 LARGEST = 2**31 - 1  # no size of a layer is larger; torch and Python loops would answer in ways of their own
 
@@ -30,35 +30,14 @@ def check_positive_int(name: str, value: object, advice: str = "", *, least: int
     return value
 
 
-def check_positive(name: str, value: float, advice: str = "") -> float:
-    """Return ``value`` if it is positive and finite.
-
-    Args:
-        name: Of the option, for the message.
-        value: Of the option.
-        advice: What is usual or what to do instead, for the message.
+def check_positive(name: str, value: float, advice: str = "", *, or_zero: bool = False) -> float:
+    """Return ``value`` if it is finite and positive, or zero where that will do; see :func:`check_positive_int`.
 
     Raises:
         ValueError: It is not.
     """
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"needed {name} > 0, got {value}{'; ' if advice else ''}{advice}.")
-    return value
-
-
-def check_not_negative(name: str, value: float, advice: str = "") -> float:
-    """Return ``value`` if it is zero, or positive and finite.
-
-    Args:
-        name: Of the option, for the message.
-        value: Of the option.
-        advice: What is usual or what to do instead, for the message.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"needed {name} >= 0, got {value}{'; ' if advice else ''}{advice}.")
+    if not (0 < float(value) < math.inf or (or_zero and value == 0)):
+        raise ValueError(f"needed {name} {'>=' if or_zero else '>'} 0, got {value}{'; ' if advice else ''}{advice}.")
     return value
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from stochastic_layers.codebooks import Codebook
 from stochastic_layers.codes import Codes, ResidualCodes, perplexity
 from stochastic_layers.layer import Sample, StochasticLayer
-from stochastic_layers.options import check_not_negative, check_positive_int
+from stochastic_layers.options import check_positive, check_positive_int
 from stochastic_layers.point_mass import PointMass, QuantizedFamily
 from stochastic_layers.recomputation import Pass, Passes, may_be_recomputed, recomputing
 from stochastic_layers.registry import register
@@ -51,7 +51,7 @@ class QuantizedLayer(StochasticLayer):
         super().__init__(latent_dim, family=family)
         self.codes = codes
         self.family: QuantizedFamily = QuantizedFamily(latent_dim, codes=codes)
-        self.commitment_weight = check_not_negative("commitment_weight", commitment_weight)
+        self.commitment_weight = check_positive("commitment_weight", commitment_weight, or_zero=True)
         self.passes = Passes()
         self._adapts = type(codes).update is not Codes.update
 
