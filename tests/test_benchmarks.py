@@ -103,19 +103,13 @@ def test_a_layer_that_cannot_be_compiled_is_measured_without(monkeypatch):
     assert unavailable == {"reinmax (6, 5, 4) compiled": "RuntimeError: no C++ compiler"}
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("name", bandwidth.NUMBERS)
-def test_what_the_bandwidth_is_compared_with_compiles(name):
+def test_what_the_bandwidth_is_compared_with_compiles(name, device):
     unavailable = {}
-    rows, _ = bandwidth.measure(name, (6, 5) if name == "gaussian" else (6, 5, 4), 0.0, "cpu", unavailable)
-    assert not unavailable and [row.name for row in rows] == [bandwidth.LIMIT, "eager", "compiled"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", bandwidth.NUMBERS)
-def test_the_bandwidth_is_measured_on_a_gpu(name):
-    unavailable = {}
-    rows, _ = bandwidth.measure(name, (64, 32) if name == "gaussian" else (64, 32, 16), 0.0, "cuda", unavailable)
+    rows, _ = bandwidth.measure(name, (6, 5) if name == "gaussian" else (6, 5, 4), 0.0, device, unavailable)
     assert not unavailable and [row.name for row in rows] == [bandwidth.LIMIT, "eager", "compiled"]
 
 

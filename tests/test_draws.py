@@ -11,10 +11,12 @@ import stochastic_layers as sl
 from stochastic_layers import noise
 from stochastic_layers.auxiliary import with_value
 from stochastic_layers.categorical import (
+    _count,
     draw_categorical,
     draw_index,
     log_prob_of_index,
     log_softmax,
+    one_hot,
     one_hot_categorical,
     softmax,
 )
@@ -90,6 +92,18 @@ def test_extreme_probabilities_draw_no_category_without_mass(dtype, categories):
     tiny[:, 1] = torch.finfo(dtype).tiny  # rows need not be normalised, and nothing underflows
     assert bool((draw_index(tiny, 1) == 1).all())
     assert draw_categorical(torch.zeros(0, categories), 3).shape == (3, 0, categories)
+
+
+@pytest.mark.parametrize("width", [3, 8, 16, 248, 256, 264])  # one word, several, the largest that fits, and beyond
+def test_marks_are_counted_as_their_sum(width):
+    marks = torch.arange(width) < torch.randint(width, (500, 2, 1))  # as in an inversion, at least one is False
+    marks[0], marks[1] = False, torch.arange(width) < width - 1
+    assert torch.equal(_count(marks.clone()), marks.sum(-1))
+
+
+def test_several_ones_in_a_row_are_set_where_told():
+    found = one_hot(torch.tensor([[0, 2], [3, 1]]), torch.zeros(2, 4))
+    assert torch.equal(found, torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]]))
 
 
 def test_the_largest_uniform_stays_below_the_total():
