@@ -5,9 +5,9 @@ Serves the decision between estimators for categories: what is the bias of each 
 The setting is that of "Bridging Discrete and Backpropagation: Straight-Through and Beyond" (Liu, Dong, Liu, Yu, Gao,
 2023) at "8x4": 784-512-256-32 and back with ReLU, all 60,000 training images with grey pixels as targets of the
 cross-entropy (so that this is no likelihood, and comparable to nothing but itself), closed-form KL to the uniform
-prior, batch 100, Adam, 160 epochs. The figure is the mean of the negative ELBO over the steps of an epoch, with one draw
-each. Published with ReinMax are its learning rate, 5e-4, and its temperature, 1.3; those of the others were searched for
-and are not given. Here they have the same rate, and temperature 1.
+prior, batch 100, Adam, 160 epochs. The figure is the mean of the negative ELBO over the steps of an epoch, with one
+draw each. Published with ReinMax are its learning rate, 5e-4, and its temperature, 1.3; those of the others were
+searched for and are not given. Here they have the same rate, and temperature 1.
 """
 
 from __future__ import annotations
