@@ -176,8 +176,9 @@ class Relax(TemperedLayer):
     def _network_part(self, points: Tensor, context: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """v r at the relaxation anew ``[S, *lead]``, and the slopes of v r at both ``[2, S, *lead, features]``."""
         first, *others = self.network
-        weight: Tensor = first.weight
-        of_points, of_context = weight.split([points.shape[-1], context.shape[-1]], 1)
+        assert isinstance(first, nn.Linear)
+        weight = first.weight
+        of_points, of_context = weight.split_with_sizes([points.shape[-1], context.shape[-1]], 1)
         # the context is the same for all points, and its part of the first layer is computed once
         value = F.linear(points.to(weight.dtype), of_points)
         value = value + F.linear(context.to(weight.dtype), of_context, first.bias)
