@@ -82,3 +82,20 @@ def test_the_network_of_rodeo_in_chunks_is_the_network(monkeypatch):
     gradients = torch.autograd.grad((ours.mT * vector).sum(), trained)
     for one, other in zip(gradients, torch.autograd.grad((right * vector).sum(), trained), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_network_of_relax_with_one_pass_of_the_context_is_the_network():
+    layer = sl.create("relax", latent_dim=3, num_samples=2, context_features=4).double()
+    torch.nn.init.normal_(layer.network[-1].weight)
+    points = torch.rand(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(5, 4, dtype=torch.float64)
+    ours = layer._network_part(points, context, 2)
+    value = layer.network(torch.cat([points, context.expand(2, 2, 5, 4)], -1)).squeeze(-1)
+    right = value[1], torch.autograd.grad(value.sum(), points, create_graph=True)[0]
+    for one, other in zip(ours, right, strict=True):
+        torch.testing.assert_close(one, other)
+    trained = list(layer.network.parameters())
+    slopes = [torch.autograd.grad(v.square().sum() + s.square().sum(), trained) for v, s in (ours, right)]
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.any()
