@@ -20,6 +20,7 @@ __all__ = [
     "one_hot",
     "one_hot_categorical",
     "softmax",
+    "softmax_gradient",
     "tempered_softmax",
 ]
 
@@ -42,6 +43,13 @@ def log_softmax(scores: Tensor) -> Tensor:
     return scores.movedim(-1, 0).log_softmax(0).movedim(0, -1).contiguous() if _few(scores) else scores.log_softmax(-1)
 
 
+def softmax_gradient(grad: Tensor, probs: Tensor) -> Tensor:
+    """What ``grad``, the gradient at ``softmax(scores) = probs``, is at the scores."""
+    if torch.is_grad_enabled() or _few(probs):  # this gradient will itself be differentiated, or rows are short
+        return probs * (grad - (grad * probs).sum(-1, keepdim=True))
+    return torch._softmax_backward_data(grad, probs.expand_as(grad), -1, probs.dtype)
+
+
 class _TemperedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, scores: Tensor, temperature: Tensor) -> Tensor:
@@ -52,9 +60,7 @@ class _TemperedSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         z, temperature = ctx.saved_tensors
-        if torch.is_grad_enabled() or _few(z):  # this gradient will itself be differentiated, or rows are short
-            return z * (grad - (grad * z).sum(-1, keepdim=True)) / temperature, None, None
-        return torch._softmax_backward_data(grad, z, -1, z.dtype).div_(temperature), None, None
+        return softmax_gradient(grad, z).div_(temperature), None, None
 
 
 def tempered_softmax(logits: Tensor, scores: Tensor, temperature: Tensor) -> Tensor:

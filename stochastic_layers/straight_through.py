@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
-from stochastic_layers.categorical import draw_index, one_hot, softmax
+from stochastic_layers.categorical import draw_index, one_hot, softmax, softmax_gradient
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.options import check_positive
@@ -156,20 +156,30 @@ class DecoupledStraightThrough(TemperedLayer):
 
 
 class _Heun(torch.autograd.Function):
-    """One-hot draws with the gradient ``2 J((p + z) / 2) - J(p) / 2`` of the logits, which counts as a constant."""
+    """One-hot draws with the gradient ``2 J(m) - J(p) / 2`` of the logits, which count as a constant.
+
+    ``m = (t + z) / 2`` for the probabilities t at the temperature; they are p itself where it is 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, probs: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(probs, index)
+    def forward(ctx: Any, logits: Tensor, probs: Tensor, tempered: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(probs, tempered, index)
+        ctx.simple = tempered is probs
         return one_hot(index, probs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        probs, index = ctx.saved_tensors
-        # times g it is (p (g - z'g) + z (z'g - p'g)) / 2: few passes, since the terms in p p'g cancel
-        slope = grad - grad.gather(-1, index)
-        slope = torch.addcmul(slope.new_zeros(()), slope, probs, value=0.5, out=slope)
-        return slope.scatter_add_(-1, index, -slope.sum(-1, keepdim=True)), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        probs, tempered, index = ctx.saved_tensors
+        chosen = grad.gather(-1, index)
+        if ctx.simple:
+            # times g it is (p (g - z'g) + z (z'g - p'g)) / 2: few passes, since the terms in p p'g cancel
+            slope = grad - chosen
+            out = None if torch.is_grad_enabled() else slope
+            slope = torch.addcmul(slope.new_zeros(()), slope, probs, value=0.5, out=out)
+            return slope.scatter_add(-1, index, -slope.sum(-1, keepdim=True)), None, None, None
+        middle = 0.5 * (chosen + (tempered * grad).sum(-1, keepdim=True))  # m'g
+        slope = (grad - middle).mul_(tempered).sub_(softmax_gradient(grad, probs), alpha=0.5)
+        return slope.scatter_add_(-1, index, chosen - middle), None, None, None
 
 
 @register("reinmax")
@@ -234,22 +244,25 @@ class ReinMax(TemperedLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q, temperature = self.law(params), self.temperature.to(params.dtype)
-        # reading the temperature would wait for a GPU, and cannot be done in a graph
-        simple = params.device.type == "cpu" and kernels_usable() and bool(temperature == 1)
-        if simple and isinstance(self.family, CategoricalFamily):
-            probs = q.mean.detach()
+        if not isinstance(self.family, CategoricalFamily):
+            hard = self.family.sample(q, self.num_samples)
+            middle = hard + torch.sigmoid(params.detach() / temperature)
+            heun = middle * (1 - 0.5 * middle) * (params - params.detach())
+            return self._sample(q, with_value(hard, heun - 0.5 * q.mean))
+        unflatten = self.family.unflatten
+        logits, probs = unflatten(params), q.mean.detach()
+        if kernels_usable():
+            # one softmax less at temperature 1; on a GPU reading it would wait for the device
+            simple = params.device.type == "cpu" and bool(temperature == 1)
+            tempered = probs if simple else softmax(logits.detach() / temperature)
             index = draw_index(probs, self.num_samples)
-            logits = self.family.unflatten(params.unsqueeze(0)).expand(index.shape[:-1] + probs.shape[-1:])
-            z: Tensor = _Heun.apply(logits, probs, index)  # type: ignore[no-untyped-call]
+            every = logits.expand(index.shape[:-1] + probs.shape[-1:])
+            z: Tensor = _Heun.apply(every, probs, tempered, index)  # type: ignore[no-untyped-call]
             return self._sample(q, z.flatten(-2))
-        hard = self.family.sample(q, self.num_samples)
-        probs = q.mean.flatten(params.dim() - 1)
         # 2 J(m) = 2 diag(m) - 2 m m' applied to a zero that carries the gradient of the logits; m = middle / 2
-        middle = hard + probabilities(self.family, params.detach() / temperature)
-        zero = params - params.detach()
-        if isinstance(self.family, CategoricalFamily):
-            middle, zero = self.family.unflatten(middle), self.family.unflatten(zero)
-            heun = (middle * (zero - 0.5 * (middle * zero).sum(-1, keepdim=True))).flatten(-2)
-        else:
-            heun = middle * (1 - 0.5 * middle) * zero
-        return self._sample(q, with_value(hard, heun - 0.5 * probs))
+        hard = self.family.sample(q, self.num_samples)
+        # divided in this shape: a compiler that divides in the flat one takes twice the time for all
+        middle = unflatten(hard) + softmax(logits.detach() / temperature)
+        zero = logits - logits.detach()
+        heun = middle * (zero - 0.5 * (middle * zero).sum(-1, keepdim=True))
+        return self._sample(q, with_value(hard, (heun - 0.5 * q.mean).flatten(-2)))

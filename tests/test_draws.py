@@ -215,6 +215,15 @@ def test_reinmax_is_its_formula_draw_by_draw(temperature, categories):
     matrix = 2 * jacobian(middle) - 0.5 * jacobian(logits.softmax(-1))
     plain = (matrix @ slope.view(3, 4, 2, categories, 1)).squeeze(-1).sum(0).flatten(1)
     torch.testing.assert_close(found.detach(), plain)
+    # it is linear in the slope, which may itself have a gradient: that of a penalty on this gradient, say
+    slope, v = slope.requires_grad_(), torch.randn_like(params)
+    for create_graph in (True, False):
+        (found,) = torch.autograd.grad(z, params, slope, create_graph=create_graph, retain_graph=True)
+        torch.testing.assert_close(found.detach(), plain)
+        if create_graph:
+            (back,) = torch.autograd.grad((found * v).sum(), slope)
+            expected = (matrix @ v.view(4, 2, categories, 1)).squeeze(-1).flatten(2)
+            torch.testing.assert_close(back, expected)
 
 
 def test_the_gaussian_by_its_log_variance_is_torchs():

@@ -64,7 +64,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gates = sorted({*sl.list_layers(family="bernoulli"), "hard_concrete"})
     parser.add_argument("--layer", nargs="+", default=LAYERS, choices=gates, metavar="L")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the picture")
     options = parser.parse_args(words)

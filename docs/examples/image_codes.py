@@ -8,6 +8,7 @@ draws, decoded, are new digits. Codes drawn independently of each other show wha
 """
 
 import argparse
+import logging
 import warnings
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def main(words=None):
     parser.add_argument("--prior-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the picture")
     options = parser.parse_args(words)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     data = Digits()
     data.setup()
