@@ -120,6 +120,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             ) from error
 
     def _check_data(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"needed batches x or (x, ...), got {type(x).__name__}; give the loader a collate_fn.")
         if x.shape[1:] != self.data_shape:
             raise ValueError(
                 f"needed data [N, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}; build the model with "

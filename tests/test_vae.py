@@ -142,6 +142,12 @@ def test_data_of_another_shape_are_refused_with_the_remedy(build, validates, tmp
         run.fit(build(), images, images)
 
 
+def test_batches_that_are_mappings_are_refused(tmp_path):
+    batches = DataLoader([{"image": torch.zeros(1, 8, 8)}] * 4, batch_size=2)
+    with pytest.raises(ValueError, match=r"needed batches x or \(x, ...\), got dict"):
+        trainer(tmp_path, num_sanity_val_steps=2).fit(VAE("gaussian"), batches, batches)
+
+
 def test_parts_that_do_not_fit_are_found_at_construction():
     with pytest.raises(ValueError, match=r"needed an encoder with outputs \[N, 8\].*got \[2, 9\]"):
         VAE("gaussian", {"latent_dim": 4}, encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 9)))
