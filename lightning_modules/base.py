@@ -25,6 +25,7 @@ from lightning_modules.ranks import check_equal_batches, check_strategy, mean_ov
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics
+from stochastic_layers.options import check_positive
 
 __all__ = ["LatentVariableModel", "at_least_float32", "data_of", "fused_adam", "log_interval", "plain_options"]
 
@@ -80,8 +81,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.data_shape = tuple(data_shape)
         self.likelihood = build_likelihood(likelihood)
         self.objective = build_objective(objective)
-        self.lr = lr
-        self.baseline_lr = lr if baseline_lr is None else baseline_lr
+        self.lr = check_positive("lr", lr, or_zero=True)
+        self.baseline_lr = lr if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
         self.make_optimizer = optimizer or fused_adam
         self.iwae_samples = dict(iwae_samples or {})
         if unknown := set(self.iwae_samples) - {"val", "test"}:

@@ -18,6 +18,7 @@ from lightning_modules.base import fused_adam, log_interval, own_noise
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import capture, surrogate
+from stochastic_layers.options import check_positive
 
 __all__ = ["StochasticClassifier"]
 
@@ -94,7 +95,7 @@ class StochasticClassifier(WeightsOnly):
         self.num_classes = num_classes
         self.dataset_size = dataset_size
         self.eval_draws = eval_draws
-        self.lr = lr
+        self.lr = check_positive("lr", lr, or_zero=True)
         self.make_optimizer = optimizer or fused_adam
         self.accuracies = nn.ModuleDict(
             {f"{s}_stage": MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
