@@ -9,6 +9,7 @@ import torch
 from benchmarks.evidence import (
     binary_vae,
     categorical_gradient,
+    categorical_vae,
     iwae,
     million_steps,
     monte_carlo_integrals,
@@ -33,7 +34,7 @@ def result(folder, name):
 def images(monkeypatch):
     """Noise instead of MNIST, for scripts that are only to run."""
     train, test = torch.rand(300, 784), torch.rand(20, 784)
-    for module in (binary_vae, iwae, categorical_gradient, million_steps, temperature):
+    for module in (binary_vae, iwae, categorical_gradient, categorical_vae, million_steps, temperature):
         monkeypatch.setattr(module, "pixels", lambda root, count=50000: (train, test))
 
 
@@ -129,6 +130,22 @@ def test_gradients_are_compared_with_the_exact_one(images, tmp_path):
     rows = {row["layer"]: row for row in result(tmp_path, "categorical_gradient.json")["rows"]}
     assert list(rows) == layers and rows["enumeration"]["relative_bias"] < 1e-3
     assert rows["straight_through"]["relative_deviation"] > 0
+
+
+def test_categorical_vae_runs_and_its_weights_are_compared(images, tmp_path):
+    words = ["--estimator", "reinmax", "leave_one_out", "--epochs", "2", "--out", str(tmp_path)]
+    categorical_vae.main(words)
+    for name in ("reinmax", "leave_one_out"):
+        content = result(tmp_path, f"categorical_vae/{name}-seed0.json")
+        first, second = content["curve"]
+        assert content["complete"] and second["training"] < first["training"] and math.isfinite(second["test"])
+    assert (tmp_path / "categorical_vae" / "curves.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        categorical_gradient.main(["--trained", "--seed", "1", "--out", str(tmp_path)])
+    words = ["--layers", "straight_through", "--trained", "--examples", "1", "--draws", "3"]
+    categorical_gradient.main([*words, "--out", str(tmp_path)])
+    content = result(tmp_path, "categorical_gradient_trained.json")
+    assert [row["layer"] for row in content["rows"]] == ["straight_through"] and "negative_elbo" not in content
 
 
 @pytest.mark.parametrize("estimator", ["disarm", "rodeo"])

@@ -2,11 +2,11 @@ r"""Bias, spread and direction of every categorical estimator against the exact 
 
 Serves the decision which estimator to take for categorical latents.
 
-The setting is that of the small model of "Bridging Discrete and Backpropagation: Straight-Through and Beyond" (Liu,
-Dong, Liu, Yu, Gao, 2023): 4 variables of 8 categories, so that 4,096 outcomes can be summed, 784-512-256-32 and back
-with ReLU, grey MNIST pixels as targets of the cross-entropy, closed-form KL to the uniform prior, batch 100, Adam 5e-4.
-The model is trained with ReinMax for ``--steps`` steps. Then each layer's gradient of the reconstruction cost, by the
-logits of ``--examples`` test images at once, is drawn ``--draws`` times and compared with the exact one, g:
+The setting is that of :mod:`benchmarks.evidence.categorical_vae`: 4 variables of 8 categories, so that 4,096 outcomes
+can be summed. The model is trained with ReinMax for ``--steps`` steps; or it is the one that was trained there to the
+end (``--trained``; a result of its own, ``categorical_gradient_trained``). Then each layer's gradient of the
+reconstruction cost, by the logits of ``--examples`` test images at once, is drawn ``--draws`` times and compared with
+the exact one, g:
 
 * relative bias: \|E h - g\| / \|g\|, less the part that the finite number of draws adds to its square;
 * relative deviation: sqrt(trace Cov h) / \|g\|; times sqrt(evaluations) it is what a fixed budget of decoder calls
@@ -22,44 +22,19 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import stochastic_layers as sl
+from benchmarks.evidence.categorical_vae import BATCH, IMAGES, SHAPE, Model, state_path
 from benchmarks.evidence.mnist import batches, pixels
 from benchmarks.evidence.record import Record, arguments, read, save_figure
 from stochastic_layers.diagnostics import preserved
 from stochastic_layers.testing import enumerate_outcomes
-
-CATEGORIES, LATENTS = 8, 4
-SHAPE: dict[str, Any] = {"latent_dim": LATENTS, "family": "categorical", "num_categories": CATEGORIES}
-
-
-def network(sizes: Sequence[int]) -> nn.Sequential:
-    """A perceptron with ReLU, torch's own initialisation."""
-    modules: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        modules += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
-
-
-class Model(nn.Module):
-    """Encoder and decoder of the 8x4 model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = network([784, 512, 256, CATEGORIES * LATENTS])
-        self.decoder = network([CATEGORIES * LATENTS, 256, 512, 784])
-
-    def cost(self, z: Tensor, x: Tensor) -> Tensor:
-        """Cross-entropy in nats ``[..., B]`` of draws ``[..., B, 32]`` and grey pixels ``[B, 784]``."""
-        output = self.decoder(z)
-        return (F.softplus(output) - x * output).sum(-1)
 
 
 def train(model: Model, data: Iterator[Tensor], steps: int) -> float:
@@ -68,12 +43,7 @@ def train(model: Model, data: Iterator[Tensor], steps: int) -> float:
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
     last = []
     for step in range(steps):
-        x = next(data)
-        logits = model.encoder(x)
-        sample = layer.sample(logits)
-        log_q = logits.unflatten(-1, (LATENTS, CATEGORIES)).log_softmax(-1)
-        kl = (log_q.exp() * (log_q + math.log(CATEGORIES))).sum((-2, -1))
-        loss = (sample.surrogate(model.cost(sample.z, x)) + kl).mean()
+        loss = model.loss(layer, next(data)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -160,11 +130,11 @@ def rows(options: argparse.Namespace, model: Model, data: Iterator[Tensor], test
         yield row
 
 
-def plot(out: Path) -> None:
-    """Bias, deviation and direction, one line for each layer."""
+def plot(path: Path) -> None:
+    """Bias, deviation and direction, one line for each layer of a result, as a picture beside it."""
     import matplotlib.pyplot as plt
 
-    table = [r for r in read(out / "categorical_gradient.json")["rows"] if r["layer"] != "enumeration"]
+    table = [r for r in read(path)["rows"] if r["layer"] != "enumeration"]
     table.sort(key=lambda r: (r["unbiased"] is True, -r["deviation_at_equal_cost"]))
     figure, panels = plt.subplots(1, 3, figsize=(14, 0.32 * len(table) + 1.5), sharey=True)
     for line, row in enumerate(table):
@@ -186,7 +156,7 @@ def plot(out: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    save_figure(figure, out / "categorical_gradient.png")
+    save_figure(figure, path.with_suffix(".png"))
     plt.close(figure)
 
 
@@ -196,24 +166,36 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", nargs="*", default=[], help="names (default: all); the rows of others are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000, help="training steps of the model")
+    parser.add_argument(
+        "--trained",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="take the weights that categorical_vae has left",
+    )
     parser.add_argument("--warm-up", type=int, default=200, help="training steps of a layer's own parameters")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--draws", type=int, default=512)
     options: argparse.Namespace = parser.parse_args(words)
     torch.set_num_threads(1)
+    path = options.out / f"categorical_gradient{'_trained' if options.trained else ''}.json"
     if not options.plot:
         torch.manual_seed(options.seed)
-        path = options.out / "categorical_gradient.json"
         kept = read(path)["rows"] if options.layers and path.is_file() else []
         record = Record("categorical_gradient", path, options)
-        images, test = pixels(options.data, 60000)
-        data, model = batches(images, 100, options.seed, binarize=False), Model()
-        record.write(negative_elbo=train(model, data, options.steps))
+        images, test = pixels(options.data, IMAGES)
+        data, model = batches(images, BATCH, options.seed, binarize=False), Model()
+        if options.trained:
+            weights = state_path(options.out, "reinmax", options.seed)
+            if not weights.is_file():
+                parser.error(f"needed {weights} for --trained, got no such file; run categorical_vae first.")
+            model.load_state_dict(torch.load(weights, weights_only=True))
+        else:
+            record.write(negative_elbo=train(model, data, options.steps))
         table = [row for row in kept if row["layer"] not in options.layers]
         for row in rows(options, model, data, test[: options.examples]):
             table.append(row)
             record.write(rows=table)
-    plot(options.out)
+    plot(path)
 
 
 if __name__ == "__main__":
