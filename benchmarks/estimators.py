@@ -11,7 +11,8 @@ The reference is what the estimator cannot do without, in plain torch:
 * the slope of the cost at the points, taken before the backward pass, where the estimate is made of it: in one decoder
   call, since the layer is given the cost of all points. REBAR differentiates that slope, to tune its parameters;
 * forward and backward of the estimator's own network (a learned baseline, the control variates of RELAX and RODEO) at
-  as many inputs; RELAX differentiates the slope of its network;
+  as many inputs, called as the module that it is: what RELAX and RODEO save by not computing the same part of it twice
+  is theirs; RELAX differentiates the slope of its network;
 * the table of the log-probabilities of all outcomes, of layers that list them, and one sort of the categories of those
   that order them.
 

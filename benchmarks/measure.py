@@ -20,7 +20,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "Row", "arguments", "check", "clock", "compare", "environment", "interleave", "summary", "write"]
+__all__ = [
+    "RESULTS",
+    "Row",
+    "accelerator",
+    "arguments",
+    "check",
+    "clock",
+    "compare",
+    "environment",
+    "interleave",
+    "parse",
+    "parser",
+    "refuse_missing_gpu",
+    "summary",
+    "write",
+]
 
 SCHEMA = 1
 # Bytes of a tensor that is made and released first, as in any process that trains a larger model. From then on glibc
@@ -256,14 +271,40 @@ def check(document: Mapping[str, Any]) -> None:
         raise ValueError("needed rows that differ in group, name or x, got the same twice.")
 
 
-def arguments(description: str, *, seconds: float) -> argparse.Namespace:
-    """The options that every benchmark has; torch is set to one thread unless more are asked for."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seconds", type=float, default=seconds, help="wall time for each group")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the JSON goes")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--threads", type=int, default=1, help="torch's threads")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    result.add_argument("--folder", type=Path, default=RESULTS, help="where the JSON goes")
+    return result
+
+
+def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line; torch is seeded, and set to one thread unless more are asked for."""
+    found = options.parse_args()
+    refuse_missing_gpu(options, found.device)
+    torch.set_num_threads(found.threads)
     torch.manual_seed(0)
-    return options
+    return found
+
+
+def refuse_missing_gpu(options: argparse.ArgumentParser, device: str) -> None:
+    """End the program with one sentence where it is to run on a GPU that torch does not see."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        options.error(
+            f"needed a GPU for --device {device}, got torch.cuda.is_available() = False; pass --device cpu, or install "
+            "a driver and a build of torch for CUDA."
+        )
+
+
+def arguments(description: str, *, seconds: float) -> argparse.Namespace:
+    """The options of a benchmark that measures for some seconds."""
+    options = parser(description)
+    options.add_argument("--seconds", type=float, default=seconds, help="wall time for each group")
+    return parse(options)
+
+
+def accelerator(device: str) -> str:
+    """What a Lightning Trainer calls the device."""
+    return "gpu" if device == "cuda" else "cpu"

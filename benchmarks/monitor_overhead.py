@@ -1,25 +1,22 @@
 """What does watching the gradient cost? Decides the default cadence of ``GradientVarianceMonitor``.
 
 One run trains a VAE and turns its monitor on and off, cycle after cycle of ``log_every_n_steps`` steps, so that both
-sides see the same machine, model and data. A cycle with the monitor holds one measurement. Reported is the process
-time of the steps of a cycle with, over that of its neighbour without, as median and quartiles over the pairs. Loading
-data, validation and what Lightning does between epochs are left out: they would make the ratio look better. ::
+sides see the same machine, model and data. A cycle with the monitor holds one measurement. Reported is the time of the
+steps of a cycle with, over that of its neighbour without, as median and quartiles over the pairs. Loading data,
+validation and what Lightning does between epochs are left out: they would make the ratio look better. ::
 
     python -m benchmarks.monitor_overhead
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from benchmarks.measure import RESULTS, Row, summary, write
+from benchmarks.measure import Row, accelerator, clock, parse, parser, summary, write
 from lightning_modules import VAE, GradientVarianceMonitor
 from lightning_modules.data import TensorData
 
@@ -40,8 +37,8 @@ MONITORS: dict[str, dict[str, Any]] = {
 class Switched(L.Callback):
     """Turns a monitor on in every other cycle, and times the cycles."""
 
-    def __init__(self, monitor: GradientVarianceMonitor, decay: float | None) -> None:
-        self.monitor, self.decay = monitor, decay
+    def __init__(self, monitor: GradientVarianceMonitor, decay: float | None, device: str) -> None:
+        self.monitor, self.decay, self.device = monitor, decay, device
         self.times: dict[bool, list[float]] = {True: [], False: []}
         self.start = self.sum = 0.0
 
@@ -52,24 +49,25 @@ class Switched(L.Callback):
             self.monitor.every_n_steps = CYCLE if on else 0
             self.monitor.decay = self.decay if on else None
             self.sum = 0.0
-        self.start = time.process_time()  # this callback comes before the monitor
+        self.start = clock(self.device)  # this callback comes before the monitor
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.sum += time.process_time() - self.start
+        self.sum += clock(self.device) - self.start
         cycle, within = divmod(trainer.global_step - 1, CYCLE)
         if within == CYCLE - 1 and cycle >= 2:  # the first two warm up
             self.times[cycle % 2 == 1].append(self.sum)
 
 
-def measure(group: str, model: Mapping[str, Any], title: str, pairs: int) -> list[Row]:
+def measure(group: str, model: Mapping[str, Any], title: str, pairs: int, device: str) -> list[Row]:
     """Time ``pairs`` pairs of cycles of one model with one monitor."""
     options = MONITORS[title]
     L.seed_everything(0, verbose=False)
     monitor = GradientVarianceMonitor(**options)
-    switch = Switched(monitor, options.get("decay"))
+    switch = Switched(monitor, options.get("decay"), device)
     x = torch.rand(model["batch"] * CYCLE, *model["data_shape"]).round()
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator(device),
+        devices=1,
         max_steps=2 * CYCLE * (pairs + 1),
         log_every_n_steps=CYCLE,
         limit_val_batches=0,
@@ -92,21 +90,19 @@ def measure(group: str, model: Mapping[str, Any], title: str, pairs: int) -> lis
 
 def main() -> None:
     """Measure every pair of model and monitor, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=15, help="pairs of cycles for each case")
-    parser.add_argument("--monitors", nargs="+", choices=MONITORS, default=list(MONITORS), help="which to measure")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the JSON goes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parser(__doc__ or "")
+    options.add_argument("--pairs", type=int, default=15, help="pairs of cycles for each case")
+    options.add_argument("--monitors", nargs="+", choices=MONITORS, default=list(MONITORS), help="which to measure")
+    arguments = parse(options)
     rows: list[Row] = []
     for title in arguments.monitors:
         for name, model in MODELS.items():
-            rows += measure(name, model, title, arguments.pairs)
+            rows += measure(name, model, title, arguments.pairs, arguments.device)
             print(f"{name:20s} {title:22s} {rows[-1].ratio:.3f} [{rows[-1].ratio_q1:.3f}, {rows[-1].ratio_q3:.3f}]")
             # after every case, so that none is lost
             write(
                 "monitor_overhead", "What does watching the gradient cost a training step?", rows,
-                folder=arguments.folder,
+                device=arguments.device, folder=arguments.folder,
             )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 A VAE 784-400-20-400-784 on binarized 28x28 images, batch 128, is trained by a loop written out in PyTorch and by
 ``VAE`` under a ``Trainer``, by turns, some hundred steps at a time. Counted is the time of a step with its data, after
 a warm-up; what a Trainer does once, before and after, is left out. Pyro comes with its own loop, ``SVI``. Of pythae it
-is the model alone, in the loop with torch's default Adam, and not its trainer. ::
+is the model alone, in the loop with torch's default Adam, and not its trainer. The images are in the memory of the
+host, as they are for a Trainer; on a GPU each batch is moved there. ::
 
     python -m benchmarks.training
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import Row, arguments, clock, summary, write
+from benchmarks.measure import Row, accelerator, arguments, clock, summary, write
 from lightning_modules import VAE, GradientVarianceMonitor
 from lightning_modules.data import TensorData
 
@@ -57,36 +58,37 @@ def networks() -> tuple[nn.Module, nn.Module]:
     return encoder, decoder
 
 
-def loaded(pixels: Tensor) -> Iterator[Tensor]:
+def loaded(pixels: Tensor, device: str) -> Iterator[Tensor]:
     """Batches as most scripts make them."""
     for (x,) in DataLoader(TensorDataset(pixels), batch_size=BATCH, shuffle=True):
-        yield torch.bernoulli(x)
+        yield torch.bernoulli(x.to(device))
 
 
-def indexed(pixels: Tensor) -> Iterator[Tensor]:
+def indexed(pixels: Tensor, device: str) -> Iterator[Tensor]:
     """Batches by one index into one tensor, as the data modules here make them."""
     for rows in torch.randperm(len(pixels)).split(BATCH):
-        yield torch.bernoulli(pixels[rows])
+        yield torch.bernoulli(pixels[rows]).to(device)
 
 
-def seconds_of_a_step(step: Callable[[Tensor], object], batches: Iterator[Tensor]) -> float:
+def seconds_of_a_step(step: Callable[[Tensor], object], batches: Iterator[Tensor], device: str) -> float:
     """Mean time of a step and of the making of its batch, after the warm-up."""
     for x in islice(batches, WARM_UP):
         step(x)
-    start = clock()
+    start = clock(device)
     for x in islice(batches, STEPS):
         step(x)
-    return (clock() - start) / STEPS
+    return (clock(device) - start) / STEPS
 
 
 def loop(
     pixels: Tensor,
-    batches: Callable[[Tensor], Iterator[Tensor]],
+    batches: Callable[[Tensor, str], Iterator[Tensor]],
+    device: str,
     build: Callable[[], nn.Module] = Bare,
     **options: Any,
 ) -> float:
     """Seconds of a step of a loop written out, for a model whose result is its loss."""
-    model = build()
+    model = build().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **options)
 
     def step(x: Tensor) -> None:
@@ -95,7 +97,7 @@ def loop(
         loss.backward()
         optimizer.step()
 
-    return seconds_of_a_step(step, batches(pixels))
+    return seconds_of_a_step(step, batches(pixels, device), device)
 
 
 def pythae() -> nn.Module:
@@ -128,12 +130,12 @@ def pythae() -> nn.Module:
     return model
 
 
-def svi(pixels: Tensor) -> float:
+def svi(pixels: Tensor, device: str) -> float:
     """Seconds of a step of Pyro's SVI with its own Adam."""
     pyro = importlib.import_module("pyro")
     dist, infer = importlib.import_module("pyro.distributions"), importlib.import_module("pyro.infer")
     pyro.clear_param_store()
-    bare = Bare()
+    bare = Bare().to(device)
 
     def model(x: Tensor) -> None:
         pyro.module("decoder", bare.decoder)
@@ -149,17 +151,20 @@ def svi(pixels: Tensor) -> float:
 
     optimizer = importlib.import_module("pyro.optim").Adam({"lr": 1e-3})
     trainer = infer.SVI(model, guide, optimizer, loss=infer.TraceMeanField_ELBO())
-    return seconds_of_a_step(trainer.step, loaded(pixels))
+    return seconds_of_a_step(trainer.step, loaded(pixels, device), device)
 
 
 class Stopwatch(L.Callback):
     """Times the steps after the warm-up, with their data and all that the Trainer does in between."""
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == WARM_UP:
-            self.start = clock()
+            self.start = clock(self.device)
         if batch_idx == WARM_UP + STEPS:
-            self.seconds = (clock() - self.start) / STEPS
+            self.seconds = (clock(self.device) - self.start) / STEPS
 
 
 class Usual(L.LightningModule):
@@ -180,11 +185,12 @@ class Usual(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-def trained(module: L.LightningModule, data: TensorData, *callbacks: L.Callback) -> float:
+def trained(module: L.LightningModule, data: TensorData, device: str, *callbacks: L.Callback) -> float:
     """Seconds of a step under a Trainer."""
-    watch = Stopwatch()
+    watch = Stopwatch(device)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator(device),
+        devices=1,
         max_steps=WARM_UP + STEPS + 1,
         limit_val_batches=0,
         logger=False,
@@ -208,20 +214,21 @@ def main() -> None:
     options = arguments(__doc__ or "", seconds=120.0)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    device = options.device
     pixels = torch.rand(EXAMPLES, 1, 28, 28)
     data = TensorData(pixels, batch_size=BATCH, binarization="dynamic")
     cases: dict[str, Callable[[], float]] = {
-        REFERENCE: lambda: loop(pixels, loaded, fused=True),
-        "loop, torch's default Adam": lambda: loop(pixels, loaded),
-        "loop, same optimizer, indexed tensor": lambda: loop(pixels, indexed, fused=True),
-        "VAE under Trainer": lambda: trained(vae(), data),
-        "VAE under Trainer, no monitor": lambda: trained(vae(), data, GradientVarianceMonitor(every_n_steps=0)),
-        "LightningModule that logs each step": lambda: trained(Usual(), data),
-        "LightningModule that logs nothing": lambda: trained(Usual(logs=False), data),
+        REFERENCE: lambda: loop(pixels, loaded, device, fused=True),
+        "loop, torch's default Adam": lambda: loop(pixels, loaded, device),
+        "loop, same optimizer, indexed tensor": lambda: loop(pixels, indexed, device, fused=True),
+        "VAE under Trainer": lambda: trained(vae(), data, device),
+        "VAE under Trainer, no monitor": lambda: trained(vae(), data, device, GradientVarianceMonitor(every_n_steps=0)),
+        "LightningModule that logs each step": lambda: trained(Usual(), data, device),
+        "LightningModule that logs nothing": lambda: trained(Usual(logs=False), data, device),
     }
     others: dict[str, tuple[str, Callable[[], float]]] = {
-        "Pyro SVI": ("pyro", lambda: svi(pixels)),
-        "loop, torch's default Adam, pythae's model": ("pythae.models", lambda: loop(pixels, loaded, pythae)),
+        "Pyro SVI": ("pyro", lambda: svi(pixels, device)),
+        "loop, torch's default Adam, pythae's model": ("pythae.models", lambda: loop(pixels, loaded, device, pythae)),
     }
     unavailable = {}
     for name, (package, case) in others.items():
@@ -245,7 +252,8 @@ def main() -> None:
     usual = [a / b for a, b in zip(times["VAE under Trainer"], times["loop, torch's default Adam"], strict=True)]
     findings = {"VAE under Trainer, times the loop with torch's default Adam": round(statistics.median(usual), 3)}
     print(findings)
-    write("training", __doc__.splitlines()[0], rows, unavailable=unavailable, findings=findings, folder=options.folder)
+    more = {"device": device, "unavailable": unavailable, "findings": findings, "folder": options.folder}
+    write("training", (__doc__ or "").splitlines()[0], rows, **more)
 
 
 if __name__ == "__main__":

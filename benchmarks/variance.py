@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import stochastic_layers as sl
-from benchmarks.measure import Row, arguments, interleave, summary, write
+from benchmarks.measure import Row, accelerator, arguments, interleave, summary, write
 from lightning_modules import VAE
 from lightning_modules.data import Digits
 from lightning_modules.scoring import layer_statistics
@@ -74,7 +74,7 @@ def trained(family: str, device: str) -> tuple[VAE, Tensor]:
     model = VAE(state.trained_with, options, encoder=networks, decoder=networks)
     trainer = L.Trainer(
         max_epochs=EPOCHS,
-        accelerator="gpu" if device == "cuda" else "cpu",
+        accelerator=accelerator(device),
         devices=1,
         logger=False,
         enable_checkpointing=False,

@@ -87,17 +87,17 @@ def tree_logits(logits: Tensor) -> Tensor:
 
 
 def decode_tree(bits: Tensor, num_categories: int) -> tuple[Tensor, Tensor]:
-    """The leaf that bits ``[..., 2^D - 1]`` lead to.
+    """The leaf that bits ``[..., 2^D - 1]`` lead to, which is none of those that the tree was filled up with.
 
     Returns:
         One-hot vectors ``[..., num_categories]``, and ``[..., 2^D - 1]`` with 1 at the bits on the path.
     """
-    node = torch.zeros_like(bits[..., :1], dtype=torch.long)
-    path: list[Tensor] = []
-    for _ in range(bits.shape[-1].bit_length()):
-        path.append(node)
+    size, flat = bits.shape[-1], bits.flatten()
+    start = torch.arange(0, flat.numel(), size, device=bits.device)
+    node, shift, reached = start, 1 - start, torch.zeros_like(flat)
+    for _ in range(size.bit_length()):
+        reached.index_fill_(0, node, 1.0)
         # numbered level by level, the children of n are 2n + 1 and 2n + 2
-        node = torch.add(bits.gather(-1, node).long(), node, alpha=2).add_(1)
-    reached = one_hot(torch.cat(path, -1), bits)
-    leaves = bits.shape[-1] + 1
-    return one_hot(node - (leaves - 1), bits.new_empty(leaves))[..., :num_categories], reached
+        node = flat.index_select(0, node).long().add_(node, alpha=2).add_(shift)
+    leaf = (node - start - size).view(*bits.shape[:-1], 1)
+    return one_hot(leaf, bits.new_empty(num_categories)), reached.view(bits.shape)

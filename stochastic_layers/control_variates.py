@@ -202,10 +202,11 @@ class NVIL(StochasticLayer):
             mean, variance = self.moments.value.to(cost.dtype).chunk(2)
             self.moments.observe(residual)
             deviation: Tensor = residual - mean
-            term = deviation.detach() * log_prob
-            if deviation.requires_grad:  # C is fitted by least squares, scaled alike, as in the paper
-                term = term + 0.5 * deviation.square()
-            return (term / variance.clamp_min(1.0).sqrt() if self.normalize else term).mean(0)
+            weight = deviation.detach()
+            if self.normalize:
+                weight = weight / variance.clamp_min(1.0).sqrt()
+            # C is fitted by least squares, scaled alike, as in the paper: the slope of deviation ** 2 / 2
+            return (weight * (log_prob + deviation)).mean(0)
 
         return self._sample(q, z, credit=credit, log_density=log_density)
 

@@ -24,13 +24,12 @@ def _antithetic_noise(logits: Tensor, num_pairs: int) -> Tensor:
     """Uniforms ``[P, ...]``, off 0 and 1 by as much on both sides, so that u and 1 - u have the same law."""
     u = torch.rand(num_pairs, *logits.shape, dtype=logits.dtype, device=logits.device)
     half = torch.finfo(u.dtype).eps / 2
-    return u.clamp(half, 1 - half)
+    return u.clamp_(half, 1 - half)
 
 
-def _antithetic_bits(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Bits 1[u > 1 - p] and 1[u < p], each an exact draw, compared in logits."""
-    noise, logits = u.logit(), logits.detach()
-    return (noise > -logits).to(u.dtype), (noise < logits).to(u.dtype)
+def _antithetic_bits(probs: Tensor, u: Tensor) -> Tensor:
+    """Bits 1[u > 1 - p], then 1[u < p] ``[2 P, ...]``, each an exact draw: 1 - u is exact for u of even spacing."""
+    return torch.cat([1 - u, u]).lt_(probs)  # in floats: a fifth of the time of booleans that are converted
 
 
 def _pair_credit(logits: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -43,7 +42,7 @@ def _pair_credit(logits: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
 
     def credit(cost: Tensor) -> Tensor:
         first, second = cost.detach().chunk(2)
-        return ((first - second) * sum_rightmost(weight * logits, cost.dim())).mean(0)
+        return ((first - second) * sum_rightmost(weight * logits.unsqueeze(0), cost.dim())).mean(0)
 
     return credit
 
@@ -113,7 +112,7 @@ class ARM(PairLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         u = _antithetic_noise(params, self.num_samples // 2)
-        z = torch.cat(_antithetic_bits(params, u))
+        z = _antithetic_bits(params.detach().sigmoid(), u)
         return self._sample(self.law(params), z, credit=_pair_credit(params, u - 0.5))
 
 
@@ -126,12 +125,14 @@ class DisARMBase(PairLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         logits, decode = self.code(params)
-        b, b_tilde = _antithetic_bits(logits, _antithetic_noise(logits, self.num_samples // 2))
-        z, reached = decode(torch.cat([b, b_tilde]))
-        weight = 0.5 * (b - b_tilde) * torch.sigmoid(logits.detach().abs())
+        probs = logits.detach().sigmoid()
+        bits = _antithetic_bits(probs, _antithetic_noise(logits, self.num_samples // 2))
+        z, reached = decode(bits)
+        b, b_tilde = bits.chunk(2)
+        weight = (b - b_tilde).mul_(0.5 * torch.maximum(probs, 1 - probs))
         # a bit that neither point looked at is a fair sign: its conditional expectation is zero
         if reached is not None:
-            weight = weight * torch.maximum(*reached.chunk(2))
+            weight.mul_(torch.maximum(*reached.chunk(2)))
         if isinstance(self.family, CategoricalFamily):
             z = z.flatten(-2)
         return self._sample(self.law(params), z, credit=_pair_credit(logits, weight))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stochastic_layers.control_variates import (
@@ -174,9 +175,16 @@ class Relax(TemperedLayer):
 
     def _network_part(self, points: Tensor, context: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """v r at the relaxation anew ``[S, *lead]``, and the slopes of v r at both ``[2, S, *lead, features]``."""
-        dtype = next(self.network.parameters()).dtype
-        inputs = torch.cat([points, context.to(points.dtype).expand(*points.shape[:-1], -1)], -1)
-        value: Tensor = self.network(inputs.to(dtype)).squeeze(-1).to(points.dtype)  # [2, S, *batch]
+        first, *others = self.network
+        assert isinstance(first, nn.Linear)
+        weight = first.weight
+        of_points, of_context = weight.split_with_sizes([points.shape[-1], context.shape[-1]], 1)
+        # the context is the same for all points, and its part of the first layer is computed once
+        value = F.linear(points.to(weight.dtype), of_points)
+        value = value + F.linear(context.to(weight.dtype), of_context, first.bias)
+        for module in others:
+            value = module(value)
+        value = value.squeeze(-1).to(points.dtype)  # [2, S, *batch]
         (slopes,) = torch.autograd.grad(value.sum(), points, create_graph=True)
         spread = self.moments.std.to(points.dtype)
         return spread * sum_rightmost(value[1], ndim), spread * joined(slopes, ndim + 1)

@@ -27,6 +27,7 @@ import stochastic_layers as sl
 from benchmarks.evidence.binary_vae import BATCH, DECAY, ESTIMATORS, HIDDEN, LATENTS
 from benchmarks.evidence.mnist import pixels
 from benchmarks.evidence.record import Record, arguments
+from benchmarks.measure import refuse_missing_gpu
 
 
 class StackedLinear(nn.Module):
@@ -144,6 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options = parser.parse_args(words)
+    refuse_missing_gpu(parser, options.device)
     run(options, Record("million_steps", options.out / "million_steps" / f"{options.estimator}.json", options))
 
 
