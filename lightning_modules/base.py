@@ -25,6 +25,7 @@ from lightning_modules.ranks import check_equal_batches, check_strategy, mean_ov
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics
+from stochastic_layers.options import check_positive
 
 __all__ = ["LatentVariableModel", "at_least_float32", "data_of", "fused_adam", "log_interval", "plain_options"]
 
@@ -80,8 +81,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.data_shape = tuple(data_shape)
         self.likelihood = build_likelihood(likelihood)
         self.objective = build_objective(objective)
-        self.lr = lr
-        self.baseline_lr = lr if baseline_lr is None else baseline_lr
+        self.lr = check_positive("lr", lr, or_zero=True)
+        self.baseline_lr = lr if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
         self.make_optimizer = optimizer or fused_adam
         self.iwae_samples = dict(iwae_samples or {})
         if unknown := set(self.iwae_samples) - {"val", "test"}:
@@ -95,11 +96,37 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
 
     def _check_decoder(self, z: Tensor) -> None:
         """Send z of two examples through the decoder, so that one that does not fit is found at construction."""
-        shape = list(self.decode(z).shape)
+        try:
+            shape = list(self.decode(z).shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"needed a decoder of z {list(z.shape)}, got {type(self.decoder).__name__}, which fails: {error}; its "
+                "first layer has layer.out_features inputs."
+            ) from error
         if shape != [2, *self.output_shape]:
             raise ValueError(
                 f"needed a decoder with outputs [N, {', '.join(map(str, self.output_shape))}] for likelihood "
-                f"{self.likelihood.name!r}, got {shape}."
+                f"{self.likelihood.name!r}, got {shape}; end it with nn.Unflatten(1, {self.output_shape}), or pass the "
+                "data_shape of your data."
+            )
+
+    def _check_encoder(self) -> Tensor:
+        """The params of two empty examples, which the encoder takes if it fits the data."""
+        try:
+            return self.encode(torch.zeros(2, *self.data_shape))
+        except RuntimeError as error:
+            raise ValueError(
+                f"needed an encoder of data {[2, *self.data_shape]}, got {type(self.encoder).__name__}, which fails: "
+                f"{error}; pass the data_shape of your data, one example's without the batch."
+            ) from error
+
+    def _check_data(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"needed batches x or (x, ...), got {type(x).__name__}; give the loader a collate_fn.")
+        if x.shape[1:] != self.data_shape:
+            raise ValueError(
+                f"needed data [N, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}; build the model with "
+                f"data_shape={tuple(x.shape[1:])}."
             )
 
     @property
@@ -229,6 +256,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         return probe_params(self, x, num_draws)
 
     def _first_batch(self, x: Tensor) -> None:
+        self._check_data(x)
         if self.likelihood.binary and not bool(((x == 0) | (x == 1)).all()):
             rank_zero_warn(
                 "the Bernoulli likelihood got data other than 0 and 1: its ELBO is then no bound of a log-likelihood. "
@@ -264,6 +292,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
 
     def _evaluate(self, stage: str, x: Tensor, count: int | None) -> None:
         """Update and log the metrics of a stage by the first ``count`` examples of x, all by default."""
+        self._check_data(x)
         evaluation, params = self.evaluation(stage), self.encode(x)
         terms = self.terms(x, params)
         bound, kl, q = self.bound(terms), self.kl_of_latents(terms), self.posterior(terms)

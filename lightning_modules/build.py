@@ -65,7 +65,10 @@ def layer_spec(layer: Spec, options: Mapping[str, Any] | None) -> tuple[str, dic
     beside, own = dict(options or {}), {"name": layer} if isinstance(layer, str) else dict(layer)
     name = own.pop("name", None)
     if not isinstance(name, str):
-        raise ValueError(f"needed {{'name': ..., **options}} for a layer, got {layer!r} without a name; add 'name'.")
+        raise ValueError(
+            f"needed {{'name': ..., **options}} for a layer, got {layer!r} without a name; add 'name', or write "
+            f"{', '.join(f'layer_options.{option}' for option in own) or 'the name of a layer'}."
+        )
     for option in sorted(beside.keys() & own.keys()):
         if beside[option] != own[option]:
             raise ValueError(

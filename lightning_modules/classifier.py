@@ -17,7 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from lightning_modules.base import fused_adam, log_interval, own_noise
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
-from stochastic_layers import capture, surrogate
+from stochastic_layers import Sample, capture, surrogate
+from stochastic_layers.options import check_positive
 
 __all__ = ["StochasticClassifier"]
 
@@ -94,7 +95,7 @@ class StochasticClassifier(WeightsOnly):
         self.num_classes = num_classes
         self.dataset_size = dataset_size
         self.eval_draws = eval_draws
-        self.lr = lr
+        self.lr = check_positive("lr", lr, or_zero=True)
         self.make_optimizer = optimizer or fused_adam
         self.accuracies = nn.ModuleDict(
             {f"{s}_stage": MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
@@ -131,16 +132,17 @@ class StochasticClassifier(WeightsOnly):
         with capture() as samples:
             logits = self.network(x)
         cost = -self.log_prob(logits, y)
-        expected = surrogate(cost, samples) if samples else cost
+        expected = _expectation(cost, samples)
         loss = mean_over_ranks(expected) + self._kl_per_example()
         if self._trainer is not None and (self.global_step + 1) % log_interval(self.trainer) == 0:
-            self._log_training(loss, expected, logits, y)
+            self._log_training(loss, expected, logits, y, samples)
         return loss
 
     @torch.no_grad()
-    def _log_training(self, loss: Tensor, expected: Tensor, logits: Tensor, y: Tensor) -> None:
-        correct = (logits.argmax(-1) == y).float().mean()
-        values = {"loss": loss, "accuracy": correct, "expected_log_likelihood": -expected.mean()}
+    def _log_training(self, loss: Tensor, expected: Tensor, logits: Tensor, y: Tensor, samples: list[Sample]) -> None:
+        # by the weights of the draws: some layers evaluate auxiliary points as well, or every outcome
+        correct = _expectation((logits.argmax(-1) == y).to(expected.dtype), samples)
+        values = {"loss": loss, "accuracy": correct.mean(), "expected_log_likelihood": -expected.mean()}
         kl = self.kl_divergence()
         if kl is not None:
             values["kl"] = kl
@@ -200,6 +202,11 @@ class StochasticClassifier(WeightsOnly):
 
     def configure_callbacks(self) -> list[Callback]:
         return own_noise(self.trainer)
+
+
+def _expectation(value: Tensor, samples: list[Sample]) -> Tensor:
+    """The expectation ``[B]`` over the draws of all layers of a value ``[..., B]``; as a cost, with its gradient."""
+    return surrogate(value, samples) if samples else value
 
 
 def _outermost(module: nn.Module) -> Iterator[Any]:

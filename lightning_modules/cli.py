@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ from lightning_modules.sweeps import TrialRecord
 from lightning_modules.sweeps import command as sweep
 from lightning_modules.untrusted import read_checkpoint, restrict_imports
 from lightning_modules.vae import VAE
+from stochastic_layers.registry import nearest
 
 __all__ = ["CLI", "capability_markdown", "capability_table", "main"]
 
@@ -51,6 +53,19 @@ DEFAULTS = {
     "checkpoint.enable_version_counter": False,
     "checkpoint.save_last": True,
 }
+COMMANDS = {
+    "fit": "train a model, test its best weights, draw pictures",
+    "validate": "bounds on the validation data",
+    "test": "bounds on the test data",
+    "predict": "latent codes of the test data",
+    "compare": "layers side by side on one's own model and data",
+    "report": "a draft report in W&B from the results of a comparison",
+    "sweep": "run a W&B sweep file without a network",
+    "list": "every layer and its capabilities [--markdown | --compatibility]",
+    "describe": "one layer: what it needs, formula, options, references",
+    "certify": "put layers through the conformance checks",
+}
+_LIST_AND_DESCRIBE = "`stochastic-layers list [--markdown | --compatibility]` or `stochastic-layers describe NAME`"
 _YES_NO = {True: "yes", False: "no"}
 
 
@@ -242,12 +257,31 @@ def names_data(words: Sequence[str]) -> bool:
     return False
 
 
+def overview() -> str:
+    """Every command in a line."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command:{width}}  {text}" for command, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: stochastic-layers COMMAND [OPTIONS]", "", *lines, "", "COMMAND --help says what its options are."]
+    )
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``stochastic-layers``; ``args`` default to the command line."""
     words = sys.argv[1:] if args is None else args
-    command, rest = (words[0], words[1:]) if words else ("", [])
+    if not words:
+        sys.exit(overview())
+    command, rest = words[0], words[1:]
     try:
-        if command == "list" and not rest:
+        if command in ("-h", "--help"):
+            print(overview())
+        elif command == "--version":
+            print(version("stochastic-layers"))
+        elif not command.startswith("-") and command not in COMMANDS:
+            raise ValueError(f"needed a command, got {command!r}; {nearest(command, COMMANDS)}")
+        elif command in ("list", "describe") and rest in (["-h"], ["--help"]):
+            print(f"usage: {_LIST_AND_DESCRIBE}")
+        elif command == "list" and not rest:
             Console().print(capability_table())
         elif command == "list" and rest == ["--markdown"]:
             print(capability_markdown())
@@ -264,10 +298,7 @@ def main(args: list[str] | None = None) -> None:
         elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
             _describe(rest[0])
         elif command in ("list", "describe"):
-            raise ValueError(
-                "needed `stochastic-layers list [--markdown | --compatibility]` or `stochastic-layers describe NAME`, "
-                f"got {' '.join(words)!r}."
-            )
+            raise ValueError(f"needed {_LIST_AND_DESCRIBE}, got {' '.join(words)!r}.")
         else:
             restrict_imports()
             CLI(

@@ -168,8 +168,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     def _dry_run(self) -> str:
         """Send two examples through, so that parts that do not fit are found at construction."""
         with preserved(self), torch.no_grad():
-            x = torch.zeros(2, *self.data_shape)
-            params = self.encode(x)
+            params = self._check_encoder()
             first, last = self.stochastic_layers[0], self.stochastic_layers[-1]
             if list(params.shape) != [2, first.in_features]:
                 raise ValueError(
@@ -177,7 +176,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
                     f"{list(params.shape)}; its last layer has layer.in_features outputs."
                 )
             self._check_decoder(first.mode(params))
-            if not kl_is_known(last.distribution(torch.zeros(2, last.in_features)), self.prior(x.device)):
+            if not kl_is_known(last.distribution(torch.zeros(2, last.in_features)), self.prior(params.device)):
                 return "monte_carlo"
         return "analytic" if first is last else "analytic at the top, monte_carlo below"
 

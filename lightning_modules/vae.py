@@ -122,7 +122,7 @@ class VAE(LatentVariableModel[Terms]):
         modes = {m: m.training for m in self.modules()}
         with preserved(self), torch.no_grad():
             self.eval()
-            params = self.encode(torch.zeros(2, *self.data_shape))
+            params = self._check_encoder()
             if params.shape[-1] != self.layer.in_features or params.shape[0] != 2:
                 raise ValueError(
                     f"needed an encoder with outputs [N, {self.layer.in_features}] (or [N, {self.layer.in_features}, "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_layers.recomputation import refuse_recomputation
 from stochastic_layers.registry import nearest
+from stochastic_layers.running_state import RunningState
 
 __all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "create_baseline"]
 
@@ -66,7 +67,7 @@ def mean_over_all_ranks(rows: Tensor) -> tuple[Tensor, Tensor | int]:
     return moments[:-1] / moments[-1:].clamp_min(1), moments[-1:]
 
 
-class RunningMean(nn.Module):
+class RunningMean(RunningState):
     """A running mean of some statistics over steps, agreed by all ranks.
 
     The mean is a weighted sum over past steps divided by the sum of the weights, so that it has no start-up bias. Under

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stochastic_layers.codes import Codes
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import refuse_recomputation
+from stochastic_layers.running_state import RunningState
 
 __all__ = ["Codebook", "LearnedCodebook", "NearestCodes", "ProjectedCodebook"]
 
@@ -76,7 +77,7 @@ def _check_rates(decay: float, revive_below: float) -> None:
         raise ValueError(f"needed 0 <= revive_below < 1, got {revive_below}; 1 is the count of an average code.")
 
 
-class LearnedCodebook(NearestCodes):
+class LearnedCodebook(RunningState, NearestCodes):
     """Code vectors trained by the gradient of the cost; start and revival as in :class:`Codebook`.
 
     A code is an anchor, a buffer that k-means and revival set, plus a shift, the parameter: what a forward pass changes
@@ -122,7 +123,7 @@ class LearnedCodebook(NearestCodes):
         self.anchors.copy_(torch.where(after != before, after - self.shift, self.anchors))
 
 
-class Codebook(NearestCodes):
+class Codebook(RunningState, NearestCodes):
     """Code vectors that follow the vectors assigned to them by moving averages; state in buffers, no parameters.
 
     All ranks of ``torch.distributed`` hold the same codebook: sums and counts are added over the ranks, the rows that

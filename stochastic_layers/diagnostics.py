@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GradientStatistics:
     r"""Moments of the estimator g of d E[cost] / d params at fixed params and data, over redrawn noise.
 
@@ -67,6 +67,18 @@ class GradientStatistics:
         if variance == 0.0:
             return float("inf") if self.squared_norm > 0 else 0.0
         return float((self.squared_norm / variance) ** 0.5)
+
+    def __repr__(self) -> str:
+        """The numbers of one example: the tensors behind them would fill pages."""
+        values = {"total_variance": f"{self.total_variance:.4g}", "snr": f"{self.snr:.4g}"}
+        if self.reference is not None and self.moments is not None:
+            bias, error = self.bias_norm
+            values |= {"bias_norm": f"{bias:.4g} +- {error:.2g}", "mse": f"{self.mse:.4g}"}
+            values |= {"cosine": f"{self.cosine:.4g}", "reference": self.reference.kind}
+        if self.moments is not None:
+            values |= {"evaluations": f"{self.evaluations}", "seconds": f"{self.seconds:.3g}"}
+        numbers = ", ".join(f"{name}={value}" for name, value in values.items())
+        return f"GradientStatistics(shape={list(self.mean.shape)}, num_draws={self.num_draws}, {numbers})"
 
     # ---- against the reference --------------------------------------------------------------------------------------
 

@@ -95,5 +95,5 @@ def _deepest(cost: Tensor, samples: Sequence[Sample]) -> int:
     raise ValueError(
         f"needed a cost whose shape begins with the draws and batch of the captured layers, got {list(cost.shape)} for "
         f"layers of (draws, batch) {[(_size(s), tuple(_batch(s))) for s in samples]}; keep one value per draw and "
-        "example."
+        "example, without a dimension for layers that draw one point."
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from quiet_trainer import quiet_trainer
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_layers as sl
 from lightning_modules import ReproducibleNoise, StochasticClassifier
@@ -188,3 +189,23 @@ def test_logits_of_another_shape_are_refused():
     model = StochasticClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), 10)
     with pytest.raises(ValueError, match=r"needed logits \[..., 5, 10\] of the network, got \[5, 9\]"):
         model.training_step((torch.zeros(5, 1, 8, 8), torch.zeros(5, dtype=torch.long)), 0)
+
+
+@pytest.mark.parametrize("name", ["enumeration", "rebar"])
+def test_the_training_accuracy_weighs_points_as_the_layer_does(name, tmp_path):
+    layer = sl.create(name, latent_dim=1, family="bernoulli")
+    to_label = nn.Linear(1, 2)
+    with torch.no_grad():  # one outcome says class 1, the other one, and all points between them, class 0
+        to_label.weight.copy_(torch.tensor([[0.0], [8.0]]))
+        to_label.bias.copy_(torch.tensor([7.9, 0.0]))
+    constant = nn.Linear(3, 1)
+    with torch.no_grad():
+        constant.weight.zero_()
+        constant.bias.fill_(1.5)
+    model = StochasticClassifier(nn.Sequential(constant, layer, to_label), 2, lr=0.0)
+    x, y = torch.randn(2000, 3), torch.ones(2000, dtype=torch.long)
+    run, loader = trainer(tmp_path, max_epochs=1, log_every_n_steps=1), DataLoader(TensorDataset(x, y), batch_size=2000)
+    run.fit(model, loader, loader)
+    chance = torch.sigmoid(torch.tensor(1.5)).item()
+    error = 0.0 if name == "enumeration" else (chance * (1 - chance) / 2000) ** 0.5
+    assert abs(float(run.callback_metrics["train/accuracy"]) - chance) < 5 * error + 1e-6

@@ -1,7 +1,9 @@
 """The command line: swap the layer by a word, configure by files, log anywhere, end with a table and pictures."""
 
+import contextlib
 import csv
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -148,14 +150,35 @@ def test_list_and_describe_print_capabilities(run, capsys):
     assert capsys.readouterr().out.startswith("| layer | families |")
 
 
+def test_every_command_is_in_the_overview(run, capsys):
+    run("--help")
+    out = capsys.readouterr().out
+    for command in ("fit", "test", "compare", "sweep", "report", "list", "describe", "certify"):
+        assert f"\n  {command} " in out
+        with pytest.raises(SystemExit) if command not in ("list", "describe") else contextlib.nullcontext():
+            run(command, "--help")
+        assert "usage: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert str(stop.value.code) + "\n" == out
+    run("--version")
+    assert capsys.readouterr().out.strip() == version("stochastic-layers")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["fti"], "needed a command, got 'fti'; did you mean 'fit'?"),
+        (["fit", "--model.lr=-1"], "needed lr >= 0, got -1"),
         (["describe", "gumble_softmax"], "did you mean 'gumbel_softmax'"),
         (["fit", "--model.layer=reinforced"], "did you mean 'reinforce'"),
         (["fit", "--model.layer=reinforce", "--model.layer_options.num_sample=2"], "did you mean 'num_samples'"),
         (["fit", "--model.prior=lerned"], "did you mean 'learned'"),
         (["describe"], "stochastic-layers describe NAME"),
+        (
+            ["fit", "--model.layer=disarm", "--model.layer.num_samples=4"],
+            "add 'name', or write layer_options.num_samples",
+        ),
         (["fit", "--data=MNIST", "--data.root=nowhere"], "nowhere"),
     ],
 )

@@ -120,3 +120,19 @@ def test_the_tables_of_the_page_are_those_of_the_committed_results():
         comparison = Comparison.from_json(path)
         assert tables[name] == markdown_table(comparison), f"paste markdown_table(Comparison.from_json({name!r}))"
         assert {row["status"] for row in comparison.rows} == {"ok"} and comparison.columns == list(comparison.rows[0])
+
+
+def test_the_advice_quotes_the_results_as_they_are():
+    if not DOCS.is_dir():
+        pytest.skip("docs/ is not part of a release")
+    text = " ".join((DOCS / "which-layer.md").read_text().split())
+    results = DOCS.parent / "benchmarks" / "results" / "compare"
+    scores, mnist = (Comparison.from_json(results / f"{name}.json").summary() for name in ("scores", "mnist"))
+    times = {row.label: row.mean["gradient_ms"] for row in scores}
+    exact = times.pop("enumeration")
+    low, high = (round(exact / ms) for ms in (max(times.values()), min(times.values())))
+    assert f"took {low} to {high} times as long as a gradient of the other layers" in text
+    elbo = {row.label: row.mean["elbo"] for row in mnist}
+    assert f"{elbo['disarm'] - elbo['reinforce']:.0f} nats lower than `disarm` on MNIST" in text
+    ahead = sorted(elbo[name] - elbo["disarm"] for name in ("straight_through", "gumbel_softmax", "reinmax"))
+    assert f"biased layers are {ahead[0]:.0f} to {ahead[-1]:.0f} nats ahead of the best unbiased one" in text

@@ -97,6 +97,21 @@ def test_a_run_reports_what_it_did_and_repeats_exactly(small):
     assert (again["elbo"], again["curve"]["grad_variance"]) == (record["elbo"], record["curve"]["grad_variance"])
 
 
+def test_a_temperature_schedule_acts_on_the_layers_that_take_it_and_stops_no_other(small):
+    _, shared, spec = small
+
+    def steepest(layer, final):
+        schedule = {"class_path": "TemperatureSchedule", "init_args": {"initial": 1.0, "final": final, "steps": 1}}
+        trainer = shared.config["trainer"] | {"callbacks": [schedule]}
+        record = run.execute(spec(layer, config=shared.config | {"trainer": trainer}).spec)
+        assert record["status"] == "ok", record["error"]
+        return record["curve"]["grad_variance"][-1]
+
+    assert steepest("gumbel_softmax", 0.05) > 2 * steepest("gumbel_softmax", 1.0)
+    for layer in ("disarm", "reinmax"):  # one without a temperature, one that takes none below 1
+        assert steepest(layer, 0.05) == steepest(layer, 0.5)
+
+
 def test_a_budget_of_seconds_is_training_time(small, monkeypatch):
     _, _, spec = small
     slow = measure.bounds

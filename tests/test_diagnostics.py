@@ -316,6 +316,18 @@ def test_bad_sizes_are_refused(options, message):
         gradient_statistics(sl.create("reinforce", latent_dim=3), torch.zeros(2, 3), lambda z: z.sum(-1), **options)
 
 
+@pytest.mark.parametrize("name", ["disarm", "vq"])
+def test_printed_statistics_are_numbers_in_one_line(name):
+    layer = sl.create(name, latent_dim=3)
+    params = torch.randn(4, layer.in_features)
+    full = gradient_statistics(layer, params, lambda z: z.sum(-1) ** 2, num_draws=8)
+    for statistics in (full, GradientStatistics(full.mean, full.variance, 8)):
+        text = repr(statistics)
+        assert "\n" not in text and "tensor" not in text and len(text) < 300
+        assert f"num_draws=8, total_variance={statistics.total_variance:.4g}" in text
+    assert ("bias_norm" in repr(full)) == (name == "disarm")  # a point mass has no reference
+
+
 def test_a_layer_in_evaluation_mode_is_refused():
     layer = sl.create("reinforce", latent_dim=3).eval()
     with pytest.raises(ValueError, match=r"layer\.train\(\)"):

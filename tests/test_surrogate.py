@@ -301,6 +301,13 @@ def test_a_cost_reduced_over_the_batch_of_single_draws_is_refused():
         sl.surrogate(torch.zeros(()), samples)
 
 
+def test_a_dimension_for_a_single_draw_is_refused_and_the_sentence_says_that_it_has_none():
+    with sl.capture() as samples:
+        sl.create("straight_through", latent_dim=2)(torch.zeros(4, 2, requires_grad=True))
+    with pytest.raises(ValueError, match=r"got \[1, 4\].*without a dimension for layers that draw one point"):
+        sl.surrogate(torch.zeros(1, 4), samples)
+
+
 def test_weighted_points_side_by_side_are_refused():
     with sl.capture() as samples:
         bits("disarm")(torch.zeros(5, SIZE))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_layers as sl
-from lightning_modules import ELBO, VAE, GaussianLikelihood, ReproducibleNoise
+from lightning_modules import ELBO, VAE, GaussianLikelihood, HierarchicalVAE, ReproducibleNoise
 from stochastic_layers.testing import enumerate_outcomes
 
 DISCRETE = [
@@ -133,11 +133,33 @@ def test_latents_at_every_position_of_a_convolutional_encoder(loader, tmp_path):
     assert model.predict_step((torch.zeros(2, 1, 8, 8),), 0).shape == (2, 4, 4, 4)
 
 
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("build", [lambda: VAE("gaussian"), lambda: HierarchicalVAE(["gaussian"])], ids=["vae", "two"])
+def test_data_of_another_shape_are_refused_with_the_remedy(build, validates, tmp_path):
+    images = DataLoader(TensorDataset(torch.zeros(8, 1, 28, 28)), batch_size=4)
+    run = trainer(tmp_path, num_sanity_val_steps=2 if validates else 0)
+    with pytest.raises(ValueError, match=r"needed data \[N, 1, 8, 8\], got .*model with data_shape=\(1, 28, 28\)"):
+        run.fit(build(), images, images)
+
+
+def test_batches_that_are_mappings_are_refused(tmp_path):
+    batches = DataLoader([{"image": torch.zeros(1, 8, 8)}] * 4, batch_size=2)
+    with pytest.raises(ValueError, match=r"needed batches x or \(x, ...\), got dict"):
+        trainer(tmp_path, num_sanity_val_steps=2).fit(VAE("gaussian"), batches, batches)
+
+
 def test_parts_that_do_not_fit_are_found_at_construction():
     with pytest.raises(ValueError, match=r"needed an encoder with outputs \[N, 8\].*got \[2, 9\]"):
         VAE("gaussian", {"latent_dim": 4}, encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 9)))
     with pytest.raises(ValueError, match=r"needed a decoder with outputs \[N, 1, 8, 8\].*got \[2, 63\]"):
         VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(4, 63))
+    images = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))
+    with pytest.raises(ValueError, match=r"needed an encoder of data \[2, 1, 8, 8\].*pass the data_shape"):
+        VAE("gaussian", {"latent_dim": 4}, encoder=images)
+    with pytest.raises(ValueError, match=r"needed a decoder of z \[2, 4\].*layer.out_features inputs"):
+        VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(5, 64))
+    with pytest.raises(ValueError, match=r"got \[2, 64\]; end it with nn.Unflatten\(1, \(1, 8, 8\)\)"):
+        VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(4, 64))
     with pytest.raises(ValueError, match="did you mean 'standard'"):
         VAE("gaussian", prior="standart")
     with pytest.raises(ValueError, match="has no option 'betta'; did you mean 'beta'"):

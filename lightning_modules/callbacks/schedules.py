@@ -68,22 +68,35 @@ class TemperatureSchedule(Callback):
             return self.initial + (self.final - self.initial) * done
         return self.initial * math.exp(math.log(self.final / self.initial) * done)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = [layer for layer in pl_module.modules() if isinstance(layer, StochasticLayer)]
-        if not _tempered(pl_module):
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model whose layers do not take these temperatures.
+
+        Raises:
+            ValueError: No layer has a temperature, or one learns it, or has it out of range.
+        """
+        layers = [layer for layer in model.modules() if isinstance(layer, StochasticLayer)]
+        if not _tempered(model):
             names = ", ".join(repr(layer.name) for layer in layers) or "no layer at all"
             raise ValueError(
                 f"needed a layer with a temperature for TemperatureSchedule, got {names}; use layer='gumbel_softmax', "
                 "say, or remove the callback."
             )
-        for layer in _tempered(pl_module):
+        for layer in _tempered(model):
             if isinstance(layer.log_temperature, nn.Parameter):
                 raise ValueError(
                     f"needed a temperature that is not trained for TemperatureSchedule, got layer {layer.name!r} with "
                     "learn_temperature=True; choose one of the two."
                 )
-            for value in (self.initial, self.final):
-                layer.temperature = value  # the layer refuses what it cannot take
+            before = layer.log_temperature.clone()
+            try:
+                for value in (self.initial, self.final):
+                    layer.temperature = value  # the layer refuses what it cannot take
+            finally:
+                layer.log_temperature.copy_(before)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check(pl_module)
+        for layer in _tempered(pl_module):
             layer.temperature = self.temperature(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -94,6 +107,6 @@ class TemperatureSchedule(Callback):
             pl_module.log("train/temperature", value, sync_dist=True)
 
 
-def _tempered(model: LightningModule) -> list[Any]:
+def _tempered(model: nn.Module) -> list[Any]:
     """The layers with a temperature that can be set."""
     return [m for m in model.modules() if isinstance(m, StochasticLayer) and hasattr(m, "log_temperature")]

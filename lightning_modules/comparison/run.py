@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lightning_modules.callbacks import TemperatureSchedule
 from lightning_modules.comparison.measure import Measurement, held_out
 from lightning_modules.comparison.result import write_text
 from lightning_modules.comparison.settings import Parsed
@@ -73,13 +74,23 @@ def train(spec: Mapping[str, Any], report: Report, weights: Path | None) -> dict
     budget = spec["budget"]
     measurement = Measurement(budget.get("steps"), budget.get("seconds"), spec["points"], report)
     own = parsed.config_init["trainer"]["callbacks"] or []
-    callbacks = [*(own if isinstance(own, list) else [own]), measurement]
+    callbacks = [c for c in (own if isinstance(own, list) else [own]) if _takes(model, c)] + [measurement]
     trainer = parsed.instantiate_trainer(callbacks=callbacks, max_steps=budget.get("steps", -1), **TRAINER)
     trainer.fit(model, datamodule=parsed.datamodule)
     result = measurement.result(model)
     if weights is not None:
         trainer.save_checkpoint(weights, weights_only=True)
     return result | {"curve": measurement.curve} | machine(model.device)
+
+
+def _takes(model: VAE, callback: Any) -> bool:
+    """Whether a callback of the configuration is for this layer too; a schedule is for those with its temperatures."""
+    if isinstance(callback, TemperatureSchedule):
+        try:
+            callback.check(model)
+        except ValueError:
+            return False
+    return True
 
 
 def score(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def batch_shapes(subject: Subject) -> str:
 
 
 def precision(subject: Subject) -> str:
-    """z has the dtype of params; log q and weights are float32 for bfloat16 params and float64 for float64."""
+    """z has the dtype of params, log q and weights are float32 at least; the layer itself may be in bfloat16 too."""
     for dtype, inner in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)):
         layer = subject.build(torch.float64 if dtype == torch.float64 else torch.float32)
         run = step(layer, subject.params(4, dtype=dtype), subject.cost().to(inner))
@@ -127,6 +127,11 @@ def precision(subject: Subject) -> str:
         got = {"log_prob": run.sample.log_prob.dtype, "weights": run.sample.weights.dtype}
         expect(set(got.values()) == {inner}, f"{dtype} params gave {got}, needed {inner}")
         expect(torch.isfinite(run.encoder).all(), f"{dtype} params gave a gradient that is not finite")
+    layer = subject.build(torch.float32).to(torch.bfloat16)  # as the Trainer's bf16-true does
+    for _ in range(2):  # the second step reads what the first has left in running statistics
+        run = step(layer, subject.params(4, dtype=torch.bfloat16), subject.cost().float())
+        expect(run.sample.z.dtype == torch.bfloat16, f"a layer in bfloat16 gave z in {run.sample.z.dtype}")
+        expect(torch.isfinite(run.encoder).all(), "a layer in bfloat16 gave a gradient that is not finite")
     return "float32, float64, bfloat16"
 
 

@@ -88,5 +88,6 @@ def extreme_params(subject: Subject) -> str:
                 "gradient": run.encoder,
             }
             for name, tensor in found.items():
-                expect(torch.isfinite(tensor).all(), f"{name} is not finite for {what}, params of +-{scale:g}")
+                remedy = "bound it, or refuse such params in Family.check()"
+                expect(torch.isfinite(tensor).all(), f"{name} is not finite for {what}, +-{scale:g}; {remedy}")
     return "finite" if not refused else f"refused: {refused[0]}"
