@@ -27,7 +27,15 @@ from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics
 from stochastic_layers.options import check_positive
 
-__all__ = ["LatentVariableModel", "at_least_float32", "data_of", "fused_adam", "log_interval", "plain_options"]
+__all__ = [
+    "LatentVariableModel",
+    "at_least_float32",
+    "data_of",
+    "fused_adam",
+    "log_interval",
+    "plain_options",
+    "step_is_due",
+]
 
 _OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
 MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weighted bound
@@ -82,7 +90,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.likelihood = build_likelihood(likelihood)
         self.objective = build_objective(objective)
         self.lr = check_positive("lr", lr, or_zero=True)
-        self.baseline_lr = lr if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
+        self.baseline_lr = None if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
         self.make_optimizer = optimizer or fused_adam
         self.iwae_samples = dict(iwae_samples or {})
         if unknown := set(self.iwae_samples) - {"val", "test"}:
@@ -241,7 +249,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
     @property
     def _logging_is_due(self) -> bool:
         # logging costs more than a small step, so it is done only where the Trainer writes it out
-        return self._trainer is not None and (self.global_step + 1) % log_interval(self._trainer) == 0
+        return self._trainer is not None and step_is_due(self._trainer, log_interval(self._trainer))
 
     def probe(self, x: Tensor, num_draws: int) -> list[GradientStatistics]:
         """Moments of the gradient of the training loss at each layer's params: see :func:`probe_params`.
@@ -324,7 +332,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         known = {id(p) for p in own}
         groups = [
             {"params": [p for p in self.parameters() if id(p) not in known], "lr": self.lr},
-            {"params": own, "lr": self.baseline_lr},
+            {"params": own, "lr": self.lr if self.baseline_lr is None else self.baseline_lr},
         ]
         return self.make_optimizer([group for group in groups if group["params"]])
 
@@ -345,6 +353,15 @@ def own_noise(trainer: Trainer) -> list[Callback]:
 def log_interval(trainer: Trainer) -> int:
     """``log_every_n_steps`` of a Trainer, in optimizer steps."""
     return max(1, int(cast(Any, trainer).log_every_n_steps))
+
+
+def step_is_due(trainer: Trainer, every: int) -> bool:
+    """Whether the step that is being made is the ``every``-th one, 2 ``every``-th, ...; steps as the log counts them.
+
+    Not ``global_step``, which counts the steps of every optimizer: with two of them under manual optimization it is
+    even at each batch, and nothing would ever be due.
+    """
+    return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
 def fused_adam(groups: Iterable[Any]) -> Optimizer:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_modules.base import fused_adam, log_interval, own_noise
+from lightning_modules.base import fused_adam, log_interval, own_noise, step_is_due
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import Sample, capture, surrogate
@@ -134,7 +134,7 @@ class StochasticClassifier(WeightsOnly):
         cost = -self.log_prob(logits, y)
         expected = _expectation(cost, samples)
         loss = mean_over_ranks(expected) + self._kl_per_example()
-        if self._trainer is not None and (self.global_step + 1) % log_interval(self.trainer) == 0:
+        if self._trainer is not None and step_is_due(self.trainer, log_interval(self.trainer)):
             self._log_training(loss, expected, logits, y, samples)
         return loss
 

@@ -1,7 +1,7 @@
 """The example programs run, with every layer that they name, and learn what they are there to show."""
 
-import runpy
 import re
+import runpy
 from pathlib import Path
 
 import pytest

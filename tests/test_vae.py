@@ -183,6 +183,37 @@ def test_the_optimizer_is_one_and_gives_the_layers_parameters_their_own_rate():
     assert isinstance(custom, torch.optim.SGD)
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_two_optimizers_by_hand_are_logged_as_often_as_one(every, loader, tmp_path):
+    class ByHand(VAE):
+        def __init__(self):
+            super().__init__("straight_through", {"latent_dim": 4})
+            self.automatic_optimization = False
+            self.logged = set()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.encoder, self.decoder)]
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def log(self, name, *words, **options):
+            self.logged.add((self.trainer.fit_loop.epoch_loop.batch_idx, name))
+            super().log(name, *words, **options)
+
+    model = ByHand()
+    run = trainer(tmp_path, log_every_n_steps=every, limit_val_batches=0)
+    run.fit(model, DataLoader(loader.dataset, batch_size=5), loader)
+    assert run.global_step == 16
+    due = range(every - 1, 8, every)
+    assert {batch for batch, _ in model.logged} == set(due)
+    assert {(batch, name) for batch in due for name in ("train/elbo", "train/grad_variance")} <= model.logged
+
+
 def test_kl_warmup_rises_linearly_and_free_bits_stop_the_gradient_of_a_small_kl():
     assert [ELBO(beta=2, kl_warmup_steps=4).weight(s) for s in (0, 2, 4, 9)] == [0, 1, 2, 2]
     model = VAE("gaussian", {"latent_dim": 2}, objective={"name": "elbo", "free_bits": 100.0})

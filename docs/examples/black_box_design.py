@@ -65,6 +65,7 @@ def search(name, simulator, budget, seed):
 
 
 def main(words=None):
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     black_boxes = sl.list_layers(family="bernoulli", needs="cost")
     parser.add_argument("--layer", nargs="+", default=LAYERS, choices=black_boxes, metavar="L")

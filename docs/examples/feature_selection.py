@@ -37,6 +37,7 @@ def chance_of_being_open(layer, logits):
 
 
 def train(name, steps, seed):
+    """Gates ``[COLUMNS]``, the chance that each is open, and the share of the variance that is not explained."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     x, y = table_of(2000, generator)
@@ -61,6 +62,7 @@ def train(name, steps, seed):
 
 
 def main(words=None):
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gates = sorted({*sl.list_layers(family="bernoulli"), "hard_concrete"})
     parser.add_argument("--layer", nargs="+", default=LAYERS, choices=gates, metavar="L")
@@ -80,7 +82,7 @@ def main(words=None):
         others = ", ".join(str(int(k[USEFUL:].sum())) for k in kept)
         table.add_row(name, useful, others, ", ".join(f"{100 * error:.0f} %" for _, _, error in runs))
         pictures.append(torch.stack([chance for _, chance, _ in runs]).mean(0))
-    image = axes.imshow(torch.stack(pictures), aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    image = axes.imshow(torch.stack(pictures).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
     axes.set_yticks(range(len(options.layer)), options.layer)
     axes.set(xlabel=f"column (the first {USEFUL} matter)", title="chance that the gate is open")
     figure.colorbar(image)

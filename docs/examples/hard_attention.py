@@ -81,6 +81,7 @@ def train(name, x, y, steps):
 
 
 def main(words=None):
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", nargs="+", default=LAYERS, choices=sl.list_layers(family="categorical"), metavar="L")
     parser.add_argument("--steps", type=int, default=600)
@@ -99,11 +100,11 @@ def main(words=None):
         with torch.no_grad():
             accuracy = (reader(test_x, mask).argmax(-1) == test_y).float().mean()
         table.add_row(name, f"{100 * accuracy:.1f} %")
-        row[0].imshow(mask.mean(0), cmap="viridis", vmin=0, vmax=1)
+        row[0].imshow(mask.mean(0).numpy(), cmap="viridis", vmin=0, vmax=1)
         row[0].set_ylabel(name, fontsize=7)
         for axes, image, seen in zip(row[1:], test_x, mask, strict=False):
-            axes.imshow(image, cmap="gray_r", alpha=0.25, vmin=0, vmax=1)
-            axes.imshow(torch.where(seen > 0, image, torch.nan), cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(image.numpy(), cmap="gray_r", alpha=0.25, vmin=0, vmax=1)
+            axes.imshow(torch.where(seen > 0, image, torch.nan).numpy(), cmap="gray_r", vmin=0, vmax=1)
         for axes in row:
             axes.set(xticks=[], yticks=[])
     rows[0][0].set_title("how often", fontsize=7)

@@ -94,6 +94,7 @@ def learn_prior(codes, held_out, num_codes, steps):
 
 
 def main(words=None):
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", nargs="+", default=["vq", "fsq"], choices=LAYERS, metavar="L")
     parser.add_argument("--epochs", type=int, default=100)
@@ -136,7 +137,7 @@ def main(words=None):
     for line, (title, pictures) in zip(panels, [("test images", test[:12]), *rows], strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
         for axes, image in zip(line, pictures, strict=True):
-            axes.imshow(image.squeeze(0), cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(image.squeeze(0).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / "image_codes.png", dpi=100, bbox_inches="tight")

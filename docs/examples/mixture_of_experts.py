@@ -51,6 +51,7 @@ class Mixture(nn.Module):
 
 
 def train(name, steps, seed):
+    """A mixture whose router learned by the layer."""
     torch.manual_seed(seed)
     shape = {"latent_dim": 1, "family": "categorical", "num_categories": EXPERTS}
     model = Mixture(sl.create(name, **shape, **OPTIONS.get(name, {})))
@@ -68,6 +69,7 @@ def train(name, steps, seed):
 
 
 def main(words=None):
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", nargs="+", default=LAYERS, choices=sl.list_layers(family="categorical"), metavar="L")
     parser.add_argument("--steps", type=int, default=2000)
@@ -90,7 +92,8 @@ def main(words=None):
             errors.append(100 * float(error))
             used.append(int((choice.mean(0) > 0.05).sum()))
             if seed == 0:
-                axes.imshow(choice.argmax(-1).view(200, 200).T, origin="lower", extent=(-1, 1, -1, 1), cmap="Set2")
+                regions = choice.argmax(-1).view(200, 200).T.numpy()
+                axes.imshow(regions, origin="lower", extent=(-1, 1, -1, 1), cmap="Set2", vmin=0, vmax=7)
                 axes.set(title=name, xticks=[], yticks=[])
         median = sorted(errors)[len(errors) // 2]
         table.add_row(name, f"{median:.1f} %, {max(errors):.1f} %", ", ".join(map(str, used)))

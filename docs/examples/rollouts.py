@@ -59,6 +59,7 @@ def walk(policy, layer, start):
 
 
 def train(baseline, iterations, seed):
+    """The policy, its mean steps to the exit in each iteration, and those after training."""
     torch.manual_seed(seed)
     layer = sl.create("reinforce", latent_dim=1, family="categorical", num_categories=4, baseline=baseline)
     policy = nn.Embedding(len(CELLS), 4, _weight=torch.zeros(len(CELLS), 4))
@@ -79,6 +80,7 @@ def train(baseline, iterations, seed):
 
 
 def main(words=None):
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="+", default=BASELINES, choices=BASELINES)
     parser.add_argument("--iterations", type=int, default=300)

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_modules.base import LatentVariableModel, data_of, log_interval
+from lightning_modules.base import LatentVariableModel, data_of, log_interval, step_is_due
 from lightning_modules.data.binarize import mix64
 from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.probe import PROBE_CHUNK, probe_params, probe_weights
@@ -137,7 +137,7 @@ class GradientVarianceMonitor(Callback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         every = log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
-        return every > 0 and (trainer.global_step + 1) % every == 0
+        return step_is_due(trainer, every)
 
     @contextmanager
     def _own_noise(self, trainer: Trainer, model: LightningModule) -> Iterator[None]:

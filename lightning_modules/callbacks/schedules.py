@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_modules.base import log_interval
+from lightning_modules.base import log_interval, step_is_due
 from stochastic_layers import StochasticLayer
 
 __all__ = ["TemperatureSchedule"]
@@ -103,7 +103,7 @@ class TemperatureSchedule(Callback):
         value = self.temperature(trainer.global_step)
         for layer in _tempered(pl_module):
             layer.temperature = value
-        if (trainer.global_step + 1) % log_interval(trainer) == 0:
+        if step_is_due(trainer, log_interval(trainer)):
             pl_module.log("train/temperature", value, sync_dist=True)
 
 
