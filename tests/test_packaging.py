@@ -156,4 +156,4 @@ def test_the_sdist_holds_what_builds_and_tests_a_release_and_nothing_else(distri
         "constraints.txt",
         "pyproject.toml",
     } | ({".gitignore"} & top)
-    assert {name.partition("/")[0] for name in in_sdist - top} == {*PACKAGES, "benchmarks", "tests"}
+    assert {name.partition("/")[0] for name in in_sdist - top} == {*PACKAGES, "benchmarks", "docs", "tests"}
