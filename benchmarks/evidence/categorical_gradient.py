@@ -152,7 +152,7 @@ def plot(path: Path) -> None:
     panels[0].set_yticks(range(len(table)), [f"{r['layer']} ({r['evaluations']})" for r in table])
     panels[0].plot([], [], "o", color="tab:blue", label="unbiased by theory")
     panels[0].plot([], [], "o", color="tab:red", label="biased by theory")
-    panels[0].legend(fontsize=8, loc="upper left")
+    panels[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.tight_layout()
