@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
-from stochastic_layers.categorical import tempered_softmax
+from stochastic_layers.categorical import draw_index, one_hot, tempered_softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import exponential, uniform
@@ -360,16 +360,16 @@ class GappedStraightThrough(TemperedLayer):
         self.gap = float(check_positive("gap", gap, "1 is usual", or_zero=True))
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        q = self.law(params)
-        hard = self.family.sample(q, self.num_samples)
-        temperature = self.temperature.to(params.dtype)
+        q, temperature = self.law(params), self.temperature.to(params.dtype)
         if isinstance(self.family, CategoricalFamily):
-            logits, one_hot = self.family.unflatten(params), self.family.unflatten(hard)
+            logits, index = self.family.unflatten(params), draw_index(q.mean, self.num_samples)
             values = logits.detach()
             top = values.amax(-1, keepdim=True)
-            moved = torch.where(one_hot > 0, top, torch.minimum(values, top - self.gap))
+            moved = torch.minimum(values.expand(*index.shape[:-1], -1), top - self.gap)
+            moved = moved.scatter_(-1, index, top.expand(index.shape))
             soft = tempered_softmax(logits.unsqueeze(0), moved, temperature)
-            return self._sample(q, with_value(one_hot, soft).flatten(-2))
+            return self._sample(q, with_value(one_hot(index, values), soft).flatten(-2))
+        hard = self.family.sample(q, self.num_samples)
         # the pair (logit, 0): its difference, with the sign of the draw, is at least the gap
         sign, zero = 2 * hard - 1, params - params.detach()
         soft = ((sign * (sign * params.detach()).clamp_min(self.gap) + zero) / temperature).sigmoid()
