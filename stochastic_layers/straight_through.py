@@ -176,7 +176,7 @@ class _Heun(torch.autograd.Function):
             slope = grad - chosen
             out = None if torch.is_grad_enabled() else slope
             slope = torch.addcmul(slope.new_zeros(()), slope, probs, value=0.5, out=out)
-            return slope.scatter_add(-1, index, -slope.sum(-1, keepdim=True)), None, None, None
+            return slope.scatter_add_(-1, index, -slope.sum(-1, keepdim=True)), None, None, None
         middle = 0.5 * (chosen + (tempered * grad).sum(-1, keepdim=True))  # m'g
         slope = (grad - middle).mul_(tempered).sub_(softmax_gradient(grad, probs), alpha=0.5)
         return slope.scatter_add_(-1, index, chosen - middle), None, None, None
