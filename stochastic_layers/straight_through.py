@@ -256,7 +256,7 @@ class ReinMax(TemperedLayer):
             simple = params.device.type == "cpu" and bool(temperature == 1)
             tempered = probs if simple else softmax(logits.detach() / temperature)
             index = draw_index(probs, self.num_samples)
-            every = logits.expand(index.shape[:-1] + probs.shape[-1:])
+            every = logits.unsqueeze(0).expand(*index.shape[:-1], -1)  # for S = 1 backward has nothing to sum
             z: Tensor = _Heun.apply(every, probs, tempered, index)  # type: ignore[no-untyped-call]
             return self._sample(q, z.flatten(-2))
         # 2 J(m) = 2 diag(m) - 2 m m' applied to a zero that carries the gradient of the logits; m = middle / 2
