@@ -1,5 +1,7 @@
 """The example programs run, with every layer that they name, and learn what they are there to show."""
 
+import logging
+import os
 import re
 import runpy
 from pathlib import Path
@@ -17,6 +19,18 @@ TINY = {
     "mixture_of_experts": ["--steps", "2", "--seeds", "1"],
     "rollouts": ["--iterations", "2", "--seeds", "1"],
 }
+
+
+@pytest.fixture(autouse=True)
+def what_a_program_sets_for_itself_ends_with_it():
+    """A program may quieten Lightning and seed everything; other tests are to find the process as it was."""
+    logger, environment, threads = logging.getLogger("lightning.pytorch"), dict(os.environ), torch.get_num_threads()
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
 
 
 def run(name, words, out):
@@ -56,7 +70,6 @@ def test_experts_share_the_work(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_useless_columns_are_found(tmp_path):
-    torch.set_num_threads(1)
     program = run("feature_selection", ["--layer", "disarm", "--steps", "1", "--seeds", "1"], tmp_path)
     gates, _, _ = program["train"]("disarm", 1500, 0)
     assert gates.tolist() == [1.0] * 5 + [0.0] * 45

@@ -216,11 +216,11 @@ def test_moments_survive_saving_and_refuse_another_size():
 class Scaled:
     """What the monitor asks of a Trainer whose gradients are scaled."""
 
-    global_step = 0
     log_every_n_steps = 100
+    _batches_that_stepped = 0
 
     def __init__(self):
-        self.precision_plugin = self
+        self.precision_plugin = self.fit_loop = self.epoch_loop = self
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         self.scaler.scale(torch.ones(()))  # which makes the scale
 
