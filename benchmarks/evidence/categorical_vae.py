@@ -118,12 +118,14 @@ def plot(out: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 5.5))
     colors = {name: f"C{number}" for number, name in enumerate(ESTIMATORS)}
-    for name, runs in sorted(curves(out).items(), key=lambda item: list(ESTIMATORS).index(item[0])):
+    found = curves(out)
+    for name, runs in sorted(found.items(), key=lambda item: list(ESTIMATORS).index(item[0])):
         for number, content in enumerate(runs):
             line = [(p["epoch"], p["training"]) for p in content["curve"]]
             label = None if number else name
             axes.plot(*zip(*line, strict=True), color=colors[name], label=label, linewidth=1)
-    for name, value in published.CATEGORICAL_VAE.items():
+    for name in found.keys() & published.CATEGORICAL_VAE.keys():
+        value = published.CATEGORICAL_VAE[name]
         axes.plot(160, value, "D", color=colors[name], markersize=6, markeredgecolor="black", clip_on=False, zorder=3)
     axes.plot([], [], "D", color="white", markeredgecolor="black", label="published, mean of 10 seeds")
     axes.set(xlabel="epoch", ylabel="negative ELBO, training (nats)", ylim=(120, 160), xlim=(0, 165))
