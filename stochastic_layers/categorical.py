@@ -47,7 +47,8 @@ def softmax_gradient(grad: Tensor, probs: Tensor) -> Tensor:
     """What ``grad``, the gradient at ``softmax(scores) = probs``, is at the scores."""
     if torch.is_grad_enabled() or _few(probs):  # this gradient will itself be differentiated, or rows are short
         return probs * (grad - (grad * probs).sum(-1, keepdim=True))
-    return torch._softmax_backward_data(grad, probs.expand_as(grad), -1, probs.dtype)
+    probs = probs.expand_as(grad).contiguous()  # torch 2.4 reads past one row that stands for many
+    return torch._softmax_backward_data(grad, probs, -1, probs.dtype)
 
 
 class _TemperedSoftmax(torch.autograd.Function):
