@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.build import build_likelihood, build_objective
 from lightning_modules.evaluation import Evaluation, unpadded
+from lightning_modules.hyperparameters import plain_options
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.metrics import importance_statistics
 from lightning_modules.noise import ReproducibleNoise
@@ -33,11 +34,9 @@ __all__ = [
     "data_of",
     "fused_adam",
     "log_interval",
-    "plain_options",
     "step_is_due",
 ]
 
-_OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
 MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weighted bound
 
 _Terms = TypeVar("_Terms")
@@ -359,7 +358,7 @@ def step_is_due(trainer: Trainer, every: int) -> bool:
     """Whether the step that is being made is the ``every``-th one, 2 ``every``-th, ...; steps as the log counts them.
 
     Not ``global_step``, which counts the steps of every optimizer: with two of them under manual optimization it is
-    even at each batch, and nothing would ever be due.
+    even at each batch, and nothing would be due where ``every`` is even.
     """
     return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
@@ -378,34 +377,3 @@ def data_of(batch: Any) -> Tensor:
     """The data x of a batch ``(x, ...)`` or x."""
     x: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
     return x
-
-
-def plain_options(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as plain data, which a checkpoint can hold; objects leave a mark.
-
-    Raises:
-        ValueError: An argument is such a mark: a checkpoint was loaded without the object.
-    """
-    for name, value in options.items():
-        if _is_marked(value):
-            raise ValueError(
-                f"needed {name}=..., got a checkpoint of a model whose {name} was or held an object, which checkpoints "
-                f"do not keep; pass the same object: {owner}.load_from_checkpoint(path, {name}=...)."
-            )
-    return {name: _plain(value) for name, value in options.items()}
-
-
-def _is_marked(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(_is_marked(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_is_marked(v) for v in value)
-    return isinstance(value, str) and value == _OBJECT
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, (str, bool, int, float)) else _OBJECT

@@ -1,0 +1,41 @@
+"""The arguments of a model as plain data, which a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["plain_options"]
+
+_OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
+
+
+def plain_options(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as plain data, which a checkpoint can hold; objects leave a mark.
+
+    Raises:
+        ValueError: An argument is such a mark: a checkpoint was loaded without the object.
+    """
+    for name, value in options.items():
+        if _is_marked(value):
+            raise ValueError(
+                f"needed {name}=..., got a checkpoint of a model whose {name} was or held an object, which checkpoints "
+                f"do not keep; pass the same object: {owner}.load_from_checkpoint(path, {name}=...)."
+            )
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _is_marked(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_is_marked(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_is_marked(v) for v in value)
+    return isinstance(value, str) and value == _OBJECT
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (str, bool, int, float)) else _OBJECT
