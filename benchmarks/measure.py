@@ -273,7 +273,7 @@ def check(document: Mapping[str, Any]) -> None:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    result = argparse.ArgumentParser(description=description)
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--threads", type=int, default=1, help="torch's threads")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     result.add_argument("--folder", type=Path, default=RESULTS, help="where the JSON goes")
