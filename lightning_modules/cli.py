@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -19,22 +18,18 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
-from rich.table import Table
 
 import stochastic_layers as sl
-from lightning_modules import certify
 from lightning_modules.callbacks import CollapseWarning, Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.checkpoints import VerifiedCheckpointIO
-from lightning_modules.compatibility import compatibility_markdown
 from lightning_modules.data import ImageDataModule
 from lightning_modules.sweeps import TrialRecord
-from lightning_modules.sweeps import command as sweep
 from lightning_modules.untrusted import read_checkpoint, restrict_imports
 from lightning_modules.vae import VAE
 from stochastic_layers.registry import nearest
 
-__all__ = ["CLI", "capability_markdown", "capability_table", "main"]
+__all__ = ["CLI", "main"]
 
 DEFAULT_DATA = {"data": {"class_path": "lightning_modules.data.Digits"}}
 DEFAULTS = {
@@ -61,12 +56,19 @@ COMMANDS = {
     "compare": "layers side by side on one's own model and data",
     "report": "a draft report in W&B from the results of a comparison",
     "sweep": "run a W&B sweep file without a network",
-    "list": "every layer and its capabilities [--markdown | --compatibility]",
+    "list": "every layer and its capabilities, or those that have what you need",
     "describe": "one layer: what it needs, formula, options, references",
     "certify": "put layers through the conformance checks",
 }
-_LIST_AND_DESCRIBE = "`stochastic-layers list [--markdown | --compatibility]` or `stochastic-layers describe NAME`"
-_YES_NO = {True: "yes", False: "no"}
+# those that are not Lightning's: where their function is, imported when called
+OWN = {
+    "compare": ("comparison.command", "main"),
+    "report": ("comparison.report", "main"),
+    "sweep": ("sweeps.command", "main"),
+    "list": ("catalogue", "list_command"),
+    "describe": ("catalogue", "describe_command"),
+    "certify": ("certify", "main"),
+}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -197,53 +199,6 @@ def trainer_callbacks(trainer: Trainer) -> list[Any]:
     return callbacks
 
 
-COLUMNS = ("layer", "families", "unbiased", "needs of the cost", "evaluations", "exact draws")
-
-
-def capability_rows() -> list[tuple[str, ...]]:
-    """One row of text per registered layer, in the order of :data:`COLUMNS`."""
-    rows: list[tuple[str, ...]] = []
-    for name in sl.list_layers():
-        d = sl.describe(name)
-        unbiased = d.unbiased if isinstance(d.unbiased, str) else _YES_NO[d.unbiased]
-        families, needs = ", ".join(d.families), ", ".join(d.needs)
-        rows.append((d.name, families, unbiased, needs, str(d.evaluations), _YES_NO[d.exact_draws]))
-    return rows
-
-
-def capability_table() -> Table:
-    """Every registered layer with its capabilities, for the terminal."""
-    table = Table(title="stochastic layers")
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=column == "layer")
-    for row in capability_rows():
-        table.add_row(*row)
-    return table
-
-
-def capability_markdown() -> str:
-    """The same as a Markdown table, with the references."""
-    lines = ["| " + " | ".join((*COLUMNS, "reference")) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, *rest in capability_rows():
-        title, _, link = sl.describe(name).reference.rpartition(" ")
-        reference = f"[{title.rstrip('.')}]({link})" if link.startswith("http") else sl.describe(name).reference
-        lines.append("| " + " | ".join((f"`{name}`", *rest, reference)) + " |")
-    return "\n".join(lines)
-
-
-def _describe(name: str) -> None:
-    from stochastic_layers.registry import layer_class
-
-    console = Console()
-    d = sl.describe(name)
-    table = Table(title=d.name, show_header=False)
-    for key in ("summary", "families", "unbiased", "needs", "evaluations", "exact_draws", "reference"):
-        value = getattr(d, key)
-        table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, tuple) else str(value))
-    console.print(table)
-    console.print(layer_class(name).__doc__ or "", markup=False, highlight=False)
-
-
 def names_data(words: Sequence[str]) -> bool:
     """Whether the command line, or a configuration file that it names, chooses the data module."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -276,29 +231,14 @@ def main(args: list[str] | None = None) -> None:
         if command in ("-h", "--help"):
             print(overview())
         elif command == "--version":
-            print(version("stochastic-layers"))
+            print(sl.__version__)
         elif not command.startswith("-") and command not in COMMANDS:
             raise ValueError(f"needed a command, got {command!r}; {nearest(command, COMMANDS)}")
-        elif command in ("list", "describe") and rest in (["-h"], ["--help"]):
-            print(f"usage: {_LIST_AND_DESCRIBE}")
-        elif command == "list" and not rest:
-            Console().print(capability_table())
-        elif command == "list" and rest == ["--markdown"]:
-            print(capability_markdown())
-        elif command == "list" and rest == ["--compatibility"]:
-            print(compatibility_markdown())
-        elif command == "certify":
-            sys.exit(certify.main(rest))
-        elif command == "compare":
-            sys.exit(import_module("lightning_modules.comparison.command").main(rest))  # which imports this module
-        elif command == "report":
-            sys.exit(import_module("lightning_modules.comparison.report").main(rest))
-        elif command == "sweep":
-            sys.exit(sweep.main(rest))
-        elif command == "describe" and len(rest) == 1 and not rest[0].startswith("-"):
-            _describe(rest[0])
-        elif command in ("list", "describe"):
-            raise ValueError(f"needed {_LIST_AND_DESCRIBE}, got {' '.join(words)!r}.")
+        elif command in OWN:
+            module, function = OWN[command]
+            status: int | None = getattr(import_module(f"lightning_modules.{module}"), function)(rest)
+            if status is not None:
+                sys.exit(status)
         else:
             restrict_imports()
             CLI(

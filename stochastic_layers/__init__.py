@@ -34,6 +34,8 @@ from stochastic_layers.straight_through import DecoupledStraightThrough, ReinMax
 from stochastic_layers.surrogate import surrogate
 from stochastic_layers.without_replacement import SumAndSample, UnorderedSet
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ARM",
     "ARMS",

@@ -1,13 +1,13 @@
 """The command line: swap the layer by a word, configure by files, log anywhere, end with a table and pictures."""
 
-import contextlib
 import csv
+import re
 import sys
-from importlib.metadata import version
 
 import pytest
 import yaml
 
+import stochastic_layers as sl
 from lightning_modules import VAE
 from lightning_modules.cli import main
 
@@ -140,9 +140,14 @@ def test_another_data_module_starts_from_its_own_defaults(run, tmp_path, capsys)
     assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["batch_size"] == 7
 
 
-def test_list_and_describe_print_capabilities(run, capsys):
+def test_list_and_describe_print_capabilities(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     run("list")
-    assert "gumbel_softmax" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    table = {line.split()[0]: line for line in lines if line and line[0] != " "}
+    assert set(sl.list_layers()) <= set(table)  # no name is broken or shortened
+    assert re.match("gumbel_softmax +categorical, +no +cost_gradient, +S", table["gumbel_softmax"])
     run("describe", "reinforce")
     out = capsys.readouterr().out
     assert "Williams" in out and "leave_one_out" in out
@@ -150,19 +155,28 @@ def test_list_and_describe_print_capabilities(run, capsys):
     assert capsys.readouterr().out.startswith("| layer | families |")
 
 
+def test_list_is_narrowed_by_capability(run, capsys):
+    run("list", "--names", "--family", "gaussian", "--unbiased", "--needs", "cost", "--exact-draws")
+    expected = sl.list_layers(family="gaussian", unbiased=True, needs="cost", exact_draws=True)
+    assert capsys.readouterr().out.split() == expected and "reinforce" in expected
+    run("list", "--names", "--no-exact-draws")
+    assert "gumbel_softmax" in capsys.readouterr().out.split()
+
+
 def test_every_command_is_in_the_overview(run, capsys):
     run("--help")
     out = capsys.readouterr().out
     for command in ("fit", "test", "compare", "sweep", "report", "list", "describe", "certify"):
         assert f"\n  {command} " in out
-        with pytest.raises(SystemExit) if command not in ("list", "describe") else contextlib.nullcontext():
+        with pytest.raises(SystemExit) as stop:
             run(command, "--help")
+        assert stop.value.code in (None, 0)
         assert "usage: " in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         run()
     assert str(stop.value.code) + "\n" == out
     run("--version")
-    assert capsys.readouterr().out.strip() == version("stochastic-layers")
+    assert capsys.readouterr().out.strip() == sl.__version__
 
 
 @pytest.mark.parametrize(
@@ -174,7 +188,8 @@ def test_every_command_is_in_the_overview(run, capsys):
         (["fit", "--model.layer=reinforced"], "did you mean 'reinforce'"),
         (["fit", "--model.layer=reinforce", "--model.layer_options.num_sample=2"], "did you mean 'num_samples'"),
         (["fit", "--model.prior=lerned"], "did you mean 'learned'"),
-        (["describe"], "stochastic-layers describe NAME"),
+        (["list", "--family=gausian"], "did you mean 'gaussian'"),
+        (["list", "--family", "flow", "--no-unbiased"], "needed a layer with --family flow --no-unbiased, got none"),
         (
             ["fit", "--model.layer=disarm", "--model.layer.num_samples=4"],
             "add 'name', or write layer_options.num_samples",

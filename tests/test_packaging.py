@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import stochastic_layers
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("stochastic_layers", "lightning_modules")
 
@@ -93,12 +95,13 @@ def test_a_package_tells_type_checkers_that_it_is_typed(package):
     assert files(package).joinpath("py.typed").is_file()
 
 
-def test_version_is_the_one_of_the_citation_file():
+def test_version_is_the_one_of_the_citation_file_and_of_the_installed_distribution():
+    assert f"\nversion: {stochastic_layers.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     try:
         installed = version("stochastic-layers")
     except PackageNotFoundError:
         pytest.skip("the distribution is not installed: pip install -e .")
-    assert f"\nversion: {installed}\n" in (ROOT / "CITATION.cff").read_text()
+    assert installed == stochastic_layers.__version__, "install again: pip install -e ."
 
 
 def source_files(package: str) -> set[str]:

@@ -166,14 +166,14 @@ def install(tmp_path, monkeypatch, own_registry):
 
 
 def test_a_layer_of_an_installed_package_is_one_of_ours(install, capsys):
-    from lightning_modules.cli import capability_markdown
+    from lightning_modules.catalogue import capability_markdown
 
     assert "coin" not in registry._LAYERS
     install(SOURCE, coin="Coin")
     layer = sl.create("coin", latent_dim=4)  # looking up the name imports the package
     assert layer.name == "coin" and layer.sample(torch.zeros(5, 4)).z.shape == (2, 5, 4)
     assert "coin" in sl.list_layers(family="bernoulli", unbiased=True)
-    assert "| `coin` | bernoulli | yes | cost | 2 | yes |" in capability_markdown()
+    assert "| `coin` | bernoulli | yes | cost | 2 | yes |" in capability_markdown(["coin"])
     check_layer("coin").require()
 
 
