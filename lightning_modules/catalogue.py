@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from inspect import getdoc
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +19,7 @@ __all__ = ["capability_markdown", "capability_table", "describe_command", "list_
 COLUMNS = ("layer", "families", "unbiased", "needs of the cost", "evaluations", "exact draws")
 SYMBOLS = {"num_samples": "S", "num_categories": "C", "latent_dim": "D"}
 # of the table in a terminal: at 80 columns no name is broken, and the lists take what a wider one has
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "layer": {"width": 26},
     "families": {"ratio": 17},
     "unbiased": {"ratio": 11},
