@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import stochastic_layers as sl
+from lightning_modules.terminal import InParts
 from stochastic_layers.testing import CHECKS, Certificate, check_layer
 
 __all__ = ["certificate_markdown", "certificate_table", "certify", "main"]
@@ -108,7 +109,8 @@ def certificate_table(certificates: Sequence[Certificate]) -> Table:
     """The certificates, one row each, for the terminal."""
     table = Table(title="certificates")
     for column in COLUMNS:
-        table.add_column(column, no_wrap=column in ("layer", "result"))
+        words = column in ("law tested", "states", "relative bias")  # of many of them, which may be wrapped
+        table.add_column(column, no_wrap=not words, min_width=16 if words else None)
     for certificate in certificates:
         table.add_row(*_row(certificate), style=None if certificate.passed else "red")
     return table
@@ -174,5 +176,5 @@ def main(args: Sequence[str]) -> int:
         console = Console()
         for certificate in certificates if options.verbose else failed:
             console.print(str(certificate), markup=False, highlight=False, soft_wrap=True)
-        console.print(certificate_table(certificates))
+        console.print(InParts(certificate_table(certificates), names=2))
     return 1 if failed else 0

@@ -23,6 +23,7 @@ from lightning_modules.comparison.result import METRICS, Comparison, sorting, wr
 from lightning_modules.comparison.runner import DEFAULT_STEPS, Budget, compare_parsed
 from lightning_modules.comparison.settings import loggers, parse
 from lightning_modules.comparison.table import markdown_table, notes, rich_table
+from lightning_modules.terminal import InParts
 
 __all__ = ["main"]
 
@@ -115,7 +116,7 @@ def main(rest: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:  # a file has no width that a table could be cut to
         console.width = MAX_WIDTH
-    console.print(rich_table(comparison, options.sort))
+    console.print(InParts(rich_table(comparison, options.sort)))
     for note in notes(comparison):
         console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
     for file in files:

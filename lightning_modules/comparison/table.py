@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_modules.comparison.result import Comparison, Metric, Summary
+from lightning_modules.terminal import InParts
 
 __all__ = ["columns", "markdown_table", "notes", "report", "rich_table"]
 
@@ -80,7 +81,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def report(comparison: Comparison, sort: str | None = None) -> Group:
     """The table, and below it why runs failed and layers were left out."""
-    return Group(rich_table(comparison, sort), *(Text(note, style="dim") for note in notes(comparison)))
+    return Group(InParts(rich_table(comparison, sort)), *(Text(note, style="dim") for note in notes(comparison)))
 
 
 def markdown_table(comparison: Comparison, sort: str | None = None) -> str:

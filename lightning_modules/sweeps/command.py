@@ -16,6 +16,7 @@ from lightning_modules.sweeps.ranking import best, rank, ranking_table, short, w
 from lightning_modules.sweeps.record import Record, read_record
 from lightning_modules.sweeps.runner import Runner
 from lightning_modules.sweeps.state import SweepState, Trial, replace_file
+from lightning_modules.terminal import InParts
 
 __all__ = ["main"]
 
@@ -109,7 +110,7 @@ def main(rest: list[str]) -> int:
     finally:
         rows = rank(plan, state)
         write_ranking(plan, state, rows)
-    console.print(ranking_table(plan, rows))
+    console.print(InParts(ranking_table(plan, rows)))
     _say_where(console, state)
     if interrupted:
         console.print("interrupted: the same command goes on where it stopped")

@@ -1,0 +1,81 @@
+"""Tables that are wider than the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.table import Column, Table
+
+__all__ = ["InParts"]
+
+
+class InParts:
+    """A table that is printed as several where the terminal is too narrow, each with the columns that name its rows.
+
+    No cell is cut that way; left to itself, a table shortens its cells until they say nothing.
+
+    Args:
+        table: The table. A column takes the width of its longest cell where it is ``no_wrap``, else at least that of
+            its longest word and its ``min_width``.
+        names: Number of columns, from the first, that name a row.
+
+    Example:
+        >>> from rich.console import Console
+        >>> table = Table("layer", "ELBO", "time", box=None)
+        >>> table.add_row("disarm", "-101.25", "12.5 ms")
+        >>> Console(width=80).print(InParts(table))  # doctest: +NORMALIZE_WHITESPACE
+         layer   ELBO     time
+         disarm  -101.25  12.5 ms
+        >>> Console(width=20).print(InParts(table))  # doctest: +NORMALIZE_WHITESPACE
+         layer   ELBO
+         disarm  -101.25
+         layer   time
+         disarm  12.5 ms
+    """
+
+    def __init__(self, table: Table, names: int = 1) -> None:
+        self.table, self.names = table, names
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        widths = [_width(column, console, options) for column in self.table.columns]
+        groups: list[list[int]] = [[]]
+        left = room = options.max_width - sum(widths[: self.names]) - 1  # a box has a line more than columns
+        for number, width in enumerate(widths[self.names :], start=self.names):
+            if groups[-1] and width > left:
+                groups.append([])
+                left = room
+            groups[-1].append(number)
+            left -= width
+        for number, group in enumerate(groups):
+            yield self._part([*range(self.names), *group], titled=number == 0, ends=number == len(groups) - 1)
+
+    def _part(self, numbers: Sequence[int], *, titled: bool, ends: bool) -> Table:
+        whole = self.table
+        part = Table(
+            title=whole.title if titled else None,
+            caption=whole.caption if ends else None,
+            title_justify=whole.title_justify,
+            caption_justify=whole.caption_justify,
+            box=whole.box,
+        )
+        columns = [whole.columns[number] for number in numbers]
+        for column in columns:
+            part.add_column(
+                column.header,
+                justify=column.justify,
+                no_wrap=column.no_wrap,
+                overflow=column.overflow,
+                min_width=column.min_width,
+            )
+        for row, cells in zip(whole.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
+            part.add_row(*cells, style=row.style)
+        return part
+
+
+def _width(column: Column, console: Console, options: ConsoleOptions) -> int:
+    """What a column needs, with its padding and a line of the box."""
+    found = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+    content = max(m.maximum if column.no_wrap else m.minimum for m in found)
+    return max(content, column.min_width or 0) + 3
