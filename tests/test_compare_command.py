@@ -123,7 +123,7 @@ def alive(text):
 @pytest.mark.slow
 def test_scores_from_the_command_line_after_a_short_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command("--score", "--layers=enumeration,disarm,gumbel_softmax", "--steps=20", *SMALL) == 0
+    assert command("--score", "--layers", "enumeration", "disarm,gumbel_softmax", "--steps=20", *SMALL) == 0
     assert "frozen after 20 steps of straight_through" in capsys.readouterr().out
     scores = Comparison.from_json(tmp_path / "runs/compare/scores.json")
     rows = {row["layer"]: row for row in scores.rows}

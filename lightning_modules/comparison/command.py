@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--layers",
         type=_layers,
-        help="names, or {name: NAME, OPTION: VALUE, label: TEXT}, with commas; by default all that fit the model",
+        nargs="+",
+        help="names, or {name: NAME, OPTION: VALUE, label: TEXT}; by default all that fit the model",
     )
     p.add_argument("--steps", type=int, help=f"budget of optimizer steps ({DEFAULT_STEPS})")
     p.add_argument("--seconds", type=float, help="budget of training time instead, measurements not counted")
@@ -92,7 +93,7 @@ def main(rest: Sequence[str]) -> int:
     try:
         comparison = compare_parsed(
             parsed,
-            options.layers,
+            options.layers and [layer for part in options.layers for layer in part],
             budget=Budget.of(options.steps, options.seconds),
             seeds=options.seeds,
             evaluations=options.evaluations,
