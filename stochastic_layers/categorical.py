@@ -19,6 +19,7 @@ __all__ = [
     "log_softmax",
     "one_hot",
     "one_hot_categorical",
+    "put",
     "softmax",
     "softmax_gradient",
     "tempered_softmax",
@@ -30,7 +31,7 @@ VECTOR = 16  # numbers that a CPU works on at once
 
 def _few(scores: Tensor) -> bool:
     """Whether torch's softmax would work on one number at a time: a row is shorter than a vector, on a CPU."""
-    return scores.shape[-1] < VECTOR and scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    return scores.shape[-1] < VECTOR and scores.device.type == "cpu" and kernels_usable()
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -118,8 +119,7 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
 def _row_sums(rows: Tensor) -> Tensor:
     """``rows.sum(-1)`` of short rows ``[N, C]``; on a CPU as a product with ones, which takes half the time."""
     # the precision is asked last, and never in a graph, where it cannot be
-    in_graph = torch.compiler.is_compiling()
-    if in_graph or rows.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+    if not kernels_usable() or rows.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
         return rows.sum(-1)
     return rows @ torch.ones(rows.shape[-1], dtype=rows.dtype)
 
@@ -136,7 +136,7 @@ def _invert(weights: Tensor, num_samples: int) -> Tensor:
 def _count(marks: Tensor) -> Tensor:
     """``marks.sum(-1)`` of booleans of which one in each row is False; on a CPU eight at a time where that goes."""
     width = marks.shape[-1]
-    if width % 8 or width > 256 or marks.device.type != "cpu" or torch.compiler.is_compiling():
+    if width % 8 or width > 256 or marks.device.type != "cpu" or not kernels_usable():
         return marks.sum(-1)
     words = marks.view(torch.int64)  # a byte for each; the product adds all bytes up in the highest
     words = words.squeeze(-1) if width == 8 else words.sum(-1)
@@ -147,11 +147,17 @@ def one_hot(index: Tensor, like: Tensor) -> Tensor:
     """Vectors ``[..., C]`` of ones at ``index [..., N]`` and zeros, with C, dtype and device of ``like [..., C]``."""
     count = like.shape[-1]
     zeros = torch.zeros(*index.shape[:-1], count, dtype=like.dtype, device=like.device)
-    if like.device.type != "cpu" or torch.compiler.is_compiling():
-        return zeros.scatter_(-1, index, 1.0)
+    if like.device.type != "cpu" or not kernels_usable():
+        return put(zeros, index, 1.0)
     start = torch.arange(0, zeros.numel(), count).view(*index.shape[:-1], 1)
     zeros.view(-1).index_fill_(0, (start + index).flatten(), 1.0)  # two thirds of the time of scatter_
     return zeros
+
+
+def put(tensor: Tensor, index: Tensor, values: Tensor | float) -> Tensor:
+    """``tensor.scatter_(-1, index, values)``; ``torch.func`` has no such, and gets a copy."""
+    result: Tensor = (tensor.scatter_ if kernels_usable() else tensor.scatter)(-1, index, values)
+    return result
 
 
 class _LazyCategorical(Categorical):

@@ -124,7 +124,7 @@ def test_noise_follows_its_law(dtype):
 def test_tails_of_the_noise_are_finer_than_float32_near_one(monkeypatch):
     like = torch.zeros(())
     ends = torch.tensor([1, 3, -1, 2**31 - 1, -(2**31) + 1], dtype=torch.int32)
-    monkeypatch.setattr(noise, "fast_integers", lambda shape, dtype, device: ends.clone())
+    monkeypatch.setattr(noise, "fast_integers", lambda shape, dtype, like: ends.clone())
     u = _uniform((5,), like)
     assert 0 < u[0] < 1e-9 and u[3] < 1 and u[2] == -u[0] and u[4] == -u[3]
     torch.testing.assert_close(u[1], 3 * u[0])
