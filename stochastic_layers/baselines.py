@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from stochastic_layers.recomputation import refuse_recomputation
 from stochastic_layers.registry import nearest
 from stochastic_layers.running_state import RunningState
 
-__all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "create_baseline"]
+__all__ = ["Baseline", "LearnedBaseline", "LeaveOneOut", "MovingAverage", "RunningMean", "as_of_now", "create_baseline"]
+
+Prediction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Baseline(nn.Module, ABC):
@@ -39,6 +41,14 @@ class Baseline(nn.Module, ABC):
             A tensor that broadcasts to the shape of the cost.
         """
 
+    def as_of_now(self) -> Prediction:
+        """:meth:`forward` for a sample that is drawn now, whose cost comes later.
+
+        In between, that very cost may be seen: the layer is called twice in one model, or ``surrogate`` twice. A
+        baseline that learns in ``forward`` overrides this, and predicts by what it knows when it is called.
+        """
+        return self
+
 
 class LeaveOneOut(Baseline):
     """The mean cost of the other draws; needs at least two draws per example.
@@ -51,7 +61,9 @@ class LeaveOneOut(Baseline):
     min_samples = 2
 
     def forward(self, cost: Tensor, context: Tensor) -> Tensor:
-        return (cost.sum(0, keepdim=True) - cost) / (cost.shape[0] - 1)
+        first = cost[:1]
+        rest = cost - first  # so that the baseline of a constant cost is that cost exactly, whatever its rounding
+        return first + (rest.sum(0, keepdim=True) - rest) / (cost.shape[0] - 1)
 
 
 def mean_over_all_ranks(rows: Tensor) -> tuple[Tensor, Tensor | int]:
@@ -128,11 +140,18 @@ class MovingAverage(RunningMean, Baseline):
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__(decay)
 
-    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+    def as_of_now(self) -> Prediction:
         baseline = self.value
-        if self.training and torch.is_grad_enabled():
-            self.update(cost)
-        return baseline
+
+        def predict(cost: Tensor, context: Tensor) -> Tensor:
+            if self.training and torch.is_grad_enabled():
+                self.update(cost)
+            return baseline
+
+        return predict
+
+    def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        return self.as_of_now()(cost, context)
 
 
 class LearnedBaseline(Baseline):
@@ -165,6 +184,11 @@ class LearnedBaseline(Baseline):
         prediction: Tensor = self.network(context.to(dtype)).squeeze(-1)  # [*batch]
         # a cost that has summed trailing batch dimensions is predicted by the sum of their predictions
         return prediction.flatten(cost.dim() - 1).sum(-1) if prediction.dim() > cost.dim() - 1 else prediction
+
+
+def as_of_now(baseline: nn.Module | None) -> Prediction | None:
+    """What a sample that is drawn now is to be compared with; a module of another kind is called as it is."""
+    return baseline.as_of_now() if isinstance(baseline, Baseline) else baseline
 
 
 _BASELINES: dict[str, type[Baseline] | None] = {

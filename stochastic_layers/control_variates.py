@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_layers.baselines import RunningMean, create_baseline, mean_over_all_ranks
+from stochastic_layers.baselines import RunningMean, as_of_now, create_baseline, mean_over_all_ranks
 from stochastic_layers.categorical import softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
@@ -123,7 +123,7 @@ class RelativeVariance(RunningMean):
         energy = gradient.detach().square().sum(-1)
         batch, rows = mean_over_all_ranks(energy.reshape(-1, 1))
         scale = torch.maximum(self.value, 0.01 * batch)  # one outlier counts at most a hundredfold
-        scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(energy.dtype).tiny).squeeze(0)
+        scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(torch.float32).tiny).squeeze(0)
         if self.training and torch.is_grad_enabled():
             self.accumulate(batch, rows)
         return scale
@@ -194,12 +194,13 @@ class NVIL(StochasticLayer):
         q = self.family.distribution(params)
         z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
         context = (params if context is None else context).detach()
+        baseline, before = as_of_now(self.baseline), self.moments.value
 
         def credit(cost: Tensor) -> Tensor:
             log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
             cost = cost.detach()
-            residual = cost if self.baseline is None else cost - self.baseline(cost, context)
-            mean, variance = self.moments.value.to(cost.dtype).chunk(2)
+            residual = cost if baseline is None else cost - baseline(cost, context)
+            mean, variance = before.to(cost.dtype).chunk(2)
             self.moments.observe(residual)
             deviation: Tensor = residual - mean
             weight = deviation.detach()

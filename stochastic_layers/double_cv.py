@@ -39,14 +39,8 @@ class OptimalCoefficients(RunningMean):
         super().__init__(decay, size=count * count + count)
         self.count = count
 
-    def forward(self, gradient: Tensor, controls: Tensor) -> Tensor:
-        """The coefficients ``[count]`` from before this step; counts this step's moments in training.
-
-        Args:
-            gradient: g ``[*leading, features]``, detached.
-            controls: h ``[count, *leading, features]``, detached.
-        """
-        gradient, controls = gradient.to(self.total.dtype), controls.to(self.total.dtype)
+    def forward(self) -> Tensor:
+        """The coefficients ``[count]`` of the past; take them when a sample is drawn, before its cost can be seen."""
         square = self.value[: -self.count].reshape(self.count, self.count)
         cross = self.total[-self.count :]
         size = square.diagonal().mean()
@@ -54,11 +48,20 @@ class OptimalCoefficients(RunningMean):
         ridge = 1e-5 * size + torch.finfo(size.dtype).tiny
         eye = torch.eye(self.count, dtype=square.dtype, device=square.device)
         coefficients: Tensor = torch.linalg.solve(square / ridge + eye, -cross / ridge)
-        if self.training and torch.is_grad_enabled():
-            products = torch.einsum("i...d,j...d->...ij", controls, controls).flatten(-2)
-            moments = torch.cat([products, torch.einsum("i...d,...d->...i", controls, gradient)], -1)
-            self.update(moments)
         return coefficients.clamp(-2.0, 2.0)
+
+    def observe(self, gradient: Tensor, controls: Tensor) -> None:
+        """Count the moments of one step, in training with gradients on.
+
+        Args:
+            gradient: g ``[*leading, features]``, detached.
+            controls: h ``[count, *leading, features]``, detached.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        gradient, controls = gradient.to(self.total.dtype), controls.to(self.total.dtype)
+        products = torch.einsum("i...d,j...d->...ij", controls, controls).flatten(-2)
+        self.update(torch.cat([products, torch.einsum("i...d,...d->...i", controls, gradient)], -1))
 
 
 @register("double_cv")
@@ -123,6 +126,7 @@ class DoubleControlVariate(StochasticLayer):
         q = self.family.distribution(params)
         mean = mean_point(self.family, params)
         points = differentiable_points(self.family.sample(q, self.num_samples), params)
+        coefficients = self.coefficients()
 
         def credit(cost: Tensor) -> Tensor:
             ndim = cost.dim()
@@ -136,12 +140,13 @@ class DoubleControlVariate(StochasticLayer):
             others = (slope.sum(0) - slope) / (self.num_samples - 1)
             linear = from_others((others * score).sum(-1))
             control = (linear.unsqueeze(-1) * score).mean(0) - jacobian_product(self.family, center, slope.mean(0))
-            coefficient = self.coefficients(estimate, control.unsqueeze(0)).to(control.dtype)
-            return inject(estimate + coefficient * control, params)
+            self.coefficients.observe(estimate, control.unsqueeze(0))
+            return inject(estimate + coefficients.to(control.dtype) * control, params)
 
         return self._sample(q, points, credit=credit)
 
 
 def from_others(value: Tensor) -> Tensor:
     """Each draw's value minus the mean of the others' ``[S, *leading]``."""
+    value = value - value[:1]  # so that equal values are exactly zero below, whatever their rounding
     return (value - value.mean(0)) * (value.shape[0] / (value.shape[0] - 1))

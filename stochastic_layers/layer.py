@@ -217,6 +217,8 @@ class StochasticLayer(nn.Module, ABC):
             ValueError: Wrong shape or dtype, or NaN or infinite values.
         """
         prepared = self.family.prepare(params)
+        if not torch.is_grad_enabled():
+            prepared = prepared.detach()  # the credit is computed later, with gradients on
         with _without_autocast(prepared.device.type):
             if self.training:
                 sample = self.draw(prepared, context)

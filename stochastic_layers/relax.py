@@ -133,6 +133,7 @@ class Relax(TemperedLayer):
         if not relaxed.requires_grad:
             relaxed = differentiable_points(relaxed, params)
         both = self.control_variate == "both"
+        level, spread = self.moments.mean, self.moments.std
         points = differentiable_points(torch.cat([hard, relaxed.flatten(0, 1)]), params) if both else hard
 
         def credit(cost: Tensor) -> Tensor:
@@ -141,11 +142,11 @@ class Relax(TemperedLayer):
             score, slopes = joined(hard, ndim) - center, joined(slope, ndim)
             tuned = self.log_temperature.requires_grad
             gradient = cost_gradient(cost[draws:], points, create_graph=tuned) if both else None
-            value, pulls = self._network_part(relaxed, context, ndim)
+            value, pulls = (spread.to(cost.dtype) * part for part in self._network_part(relaxed, context, ndim))
             difference = pathwise_difference(family, joined(relaxed, ndim + 1), pulls, tau, center, slopes)
             learned = (difference - value.unsqueeze(-1) * score).mean(0)  # with graph to network and temperature alone
             if gradient is None:
-                residual = cost[:draws].detach() - self.moments.mean.to(cost.dtype)
+                residual = cost[:draws].detach() - level.to(cost.dtype)
                 given = (residual.unsqueeze(-1) * score).mean(0)
             else:
                 own_tau = tau.expand(*cost.shape[1:], 1)  # one copy per example, which keeps its own objective
@@ -174,7 +175,7 @@ class Relax(TemperedLayer):
         return self._sample(q, points, weights=weights, credit=credit)
 
     def _network_part(self, points: Tensor, context: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-        """v r at the relaxation anew ``[S, *lead]``, and the slopes of v r at both ``[2, S, *lead, features]``."""
+        """r at the relaxation anew ``[S, *lead]``, and the slopes of r at both ``[2, S, *lead, features]``."""
         first, *others = self.network
         assert isinstance(first, nn.Linear)
         weight = first.weight
@@ -186,5 +187,4 @@ class Relax(TemperedLayer):
             value = module(value)
         value = value.squeeze(-1).to(points.dtype)  # [2, S, *batch]
         (slopes,) = torch.autograd.grad(value.sum(), points, create_graph=True)
-        spread = self.moments.std.to(points.dtype)
-        return spread * sum_rightmost(value[1], ndim), spread * joined(slopes, ndim + 1)
+        return sum_rightmost(value[1], ndim), joined(slopes, ndim + 1)

@@ -140,6 +140,7 @@ class Rodeo(StochasticLayer):
         q = self.family.distribution(params)
         mean = mean_point(self.family, params)
         points = differentiable_points(self.family.sample(q, self.num_samples), params)
+        coefficients, level, spread = self.coefficients(), self.moments.mean, self.moments.std
 
         def credit(cost: Tensor) -> Tensor:
             ndim = cost.dim()
@@ -150,11 +151,15 @@ class Rodeo(StochasticLayer):
             estimate = (from_others(cost).unsqueeze(-1) * score).mean(0)
             if gradient is None:
                 return inject(estimate, params)
-            first, second = self._stein(bits, center, cost, joined(gradient, ndim))
+            # in units of the running deviation, so that the network sees numbers of size one
+            unit = spread.to(cost.dtype)
+            standard, slope = (cost - level.to(cost.dtype)) / unit, joined(gradient, ndim) / unit
+            first, second = (unit * part for part in self._stein(bits, center, standard, slope))
             self.moments.observe(cost)
             others = (first.sum(0) - first) / (self.num_samples - 1)
             controls = torch.stack([-(others.unsqueeze(-1) * score).mean(0), second.mean(0)])
-            alpha, beta = self.coefficients(estimate, controls.detach()).to(cost.dtype)
+            self.coefficients.observe(estimate, controls.detach())
+            alpha, beta = coefficients.to(cost.dtype)
             estimate = estimate + alpha * controls[0] + beta * controls[1]
             objective: Tensor = self.variance(estimate)  # all but the network is detached
             return inject(estimate, params) + objective
@@ -162,7 +167,7 @@ class Rodeo(StochasticLayer):
         return self._sample(q, points, credit=credit)
 
     def _stein(self, bits: Tensor, center: Tensor, cost: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """A h ``[S, *lead]`` and A h~ ``[S, *lead, features]`` at each draw."""
+        """A h ``[S, *lead]`` and A h~ ``[S, *lead, features]`` at each draw, in the units of the cost."""
         score, sign = bits - center, 1 - 2 * bits
         flip = center * (1 - bits) + (1 - center) * bits  # probability that resampling a bit changes it
 
@@ -180,12 +185,9 @@ class Rodeo(StochasticLayer):
 
     def _surrogate(self, linear: Tensor, level: Tensor) -> Tensor:
         """The surrogates for h and h~ of the two terms of a Taylor expansion: ``[...]`` -> ``[2, ...]``."""
-        mean, std = self.moments.mean.to(linear.dtype), self.moments.std.to(linear.dtype)
         dtype = next(self.network.parameters()).dtype
-        level = level - mean
-        inputs = (torch.stack([linear, level]) / std).to(dtype).flatten(1)
+        inputs = torch.stack([linear, level]).to(dtype).flatten(1)
         weights = tuple(self.network.parameters())
         run = _InChunks.apply if kernels_usable() else evaluate
-        correction = run(inputs, *weights)
-        result = std * correction.to(linear.dtype).reshape(2, *linear.shape)
+        result: Tensor = run(inputs, *weights).to(linear.dtype).reshape(2, *linear.shape)
         return result + (linear + level) if self.taylor else result

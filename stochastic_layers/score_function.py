@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_layers.baselines import create_baseline
+from stochastic_layers.baselines import as_of_now, create_baseline
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
 
@@ -75,12 +75,13 @@ class Reinforce(StochasticLayer):
         q = self.law(params)
         z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
         context = (params if context is None else context).detach()
+        baseline = as_of_now(self.baseline)
 
         def credit(cost: Tensor) -> Tensor:
             log_prob = sum_rightmost(log_density(), cost.dim())  # [S, *lead]
             advantage = cost.detach()
-            if self.baseline is not None:
-                advantage = advantage - self.baseline(advantage, context)
+            if baseline is not None:
+                advantage = advantage - baseline(advantage, context)
             term = self._weighted(advantage.detach(), cost, log_prob)
             if advantage.requires_grad:  # a learned baseline is fitted to the cost by least squares
                 term = term + advantage.square()

@@ -39,6 +39,20 @@ def test_nested_captures_collect_for_the_innermost():
     assert [s.z.shape[1] for s in outer] == [3, 5] and [s.z.shape[1] for s in inner] == [4]
 
 
+@pytest.mark.parametrize("options", [{}, {"family": "categorical", "num_categories": 3}], ids=str)
+@pytest.mark.parametrize("name", ["reinforce", "local_expectation", "double_cv", "rebar", "straight_through"])
+def test_a_layer_that_drew_without_gradients_does_not_train_the_encoder(name, options):
+    """Whatever the surrogate, computed with gradients on, could still reach."""
+    layer = bits(name, **options)
+    logits = torch.zeros(5, layer.in_features, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(layer.out_features, dtype=torch.float64, requires_grad=True)
+    with sl.capture() as samples, torch.no_grad():
+        z = layer(logits)
+    loss = sl.surrogate((z * weight).sum(-1) ** 2, samples)
+    of_logits, of_weight = torch.autograd.grad(loss.sum(), [logits, weight], allow_unused=True)
+    assert of_logits is None and of_weight.any()
+
+
 def test_an_exception_leaves_no_capture_open():
     layer = bits("reinforce")
     with sl.capture() as outer:

@@ -1,5 +1,6 @@
 """Several layers, one cost: every layer's gradient against enumeration of the joint law."""
 
+import copy
 import itertools
 
 import pytest
@@ -254,6 +255,58 @@ def test_a_credit_that_differentiates_the_cost_sees_its_graph_beside_another_lay
         return loc * p[0] + loc**2 + log_variance.exp() + p[1]
 
     check_joint(model, exact, num_draws=600_000, blind=["weight", "bias", "theta"])
+
+
+STATEFUL = [
+    ("reinforce", {"baseline": "moving_average"}),
+    ("dice", {"baseline": "moving_average"}),
+    ("nvil", {"baseline": "moving_average"}),
+    ("relax", {}),
+    ("double_cv", {}),
+    ("rodeo", {"taylor": False}),
+]
+
+
+def trained(name, options):
+    """A layer whose running statistics and networks have moved."""
+    layer = bits(name, **options)
+    optimizer = torch.optim.SGD([*layer.parameters(), torch.zeros(1, requires_grad=True)], lr=0.1)
+    for _ in range(3):
+        sample = layer.sample(torch.zeros(8, SIZE, dtype=torch.float64, requires_grad=True))
+        optimizer.zero_grad()
+        sample.surrogate(1 + (sample.z.sum(-1) - 0.3) ** 2).mean().backward()
+        optimizer.step()
+    return layer
+
+
+@pytest.mark.parametrize(("name", "options"), STATEFUL, ids=str)
+def test_a_layer_that_is_called_twice_sees_its_own_cost_no_more_than_two_layers_do(name, options):
+    """Statistics that the upper call has updated contain the draw of the lower one: they shrink its gradient."""
+    layer = trained(name, {**options, "num_samples": 2})
+    leaves, found = leaf_values(), []
+    for shared in (False, True):
+        first = copy.deepcopy(layer)
+        second = first if shared else copy.deepcopy(layer)
+        torch.manual_seed(0)
+        leaf = leaves["first"].expand(5, SIZE).clone().requires_grad_()
+        with sl.capture() as samples:
+            z1 = first(leaf)
+            z2 = second(second_params(z1, leaves))
+        sl.surrogate(cost_fn(z1, z2, leaves), samples).mean().backward()
+        found.append(leaf.grad)
+    assert found[0].any()
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("name", "options"), STATEFUL, ids=str)
+def test_a_second_surrogate_of_a_sample_has_the_gradient_of_the_first(name, options):
+    layer = trained(name, {**options, "num_samples": 2})
+    leaf = torch.zeros(5, SIZE, dtype=torch.float64, requires_grad=True)
+    sample = layer.sample(leaf)
+    cost = 1 + (sample.z * torch.tensor([1.0, -2.0], dtype=torch.float64)).sum(-1) ** 3
+    one, other = (torch.autograd.grad(sample.surrogate(cost).mean(), leaf, retain_graph=True)[0] for _ in range(2))
+    assert one.any()
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 def test_a_sign_error_in_the_lower_layer_is_caught():

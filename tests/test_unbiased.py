@@ -40,10 +40,11 @@ def test_constant_cost_gives_leave_one_out_no_gradient(family):
     layer, params = build(
         "reinforce", {"latent_dim": 2, "family": family, "num_samples": 3, **options, "baseline": "leave_one_out"}
     )
-    params.requires_grad_()
-    sample = layer.sample(params)
-    sample.surrogate(torch.full(sample.z.shape[:-1], 3.0, dtype=torch.float64)).sum().backward()
-    assert not params.grad.any()
+    for constant in (3.0, 0.1, -1e6 / 3):  # means of equal numbers need not equal the number
+        leaf = params.clone().requires_grad_()
+        sample = layer.sample(leaf)
+        sample.surrogate(torch.full(sample.z.shape[:-1], constant, dtype=torch.float64)).sum().backward()
+        assert not leaf.grad.any()
 
 
 @pytest.mark.parametrize("family", ["bernoulli", "categorical", "gaussian"])
