@@ -74,6 +74,7 @@ def test_many_rare_categories_after_a_frequent_one_are_drawn_as_often_as_they_sh
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("levels", ["two levels"], indirect=True)
 def test_65536_categories_of_all_sizes_follow_the_law(levels):
     probs = (2 * torch.randn(65_536)).softmax(-1)
     assert chi_square(count(probs, 4_000_000), probs) > FALSE_ALARM
