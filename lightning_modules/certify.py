@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import stochastic_layers as sl
-from lightning_modules.terminal import InParts
+from lightning_modules.terminal import InParts, interruptible
 from stochastic_layers.testing import CHECKS, Certificate, check_layer
 
 __all__ = ["certificate_markdown", "certificate_table", "certify", "main"]
@@ -149,7 +150,7 @@ def certificate_markdown(certificates: Sequence[Certificate]) -> str:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``stochastic-layers certify`` and return its exit status: 1 where a check failed."""
+    """Run ``stochastic-layers certify`` and return its exit status: 1 where a check failed, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="stochastic-layers certify", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="layers; by default all")
     parser.add_argument("--family", help="only this distribution family")
@@ -160,15 +161,19 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--verbose", action="store_true", help="print every row of every certificate")
     options = parser.parse_args(list(args))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        certificates = certify(
-            options.names,
-            family=options.family,
-            quick=options.quick,
-            backend=options.compile,
-            jobs=options.jobs,
-            progress=progress,
-        )
+    try:
+        with interruptible(), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            certificates = certify(
+                options.names,
+                family=options.family,
+                quick=options.quick,
+                backend=options.compile,
+                jobs=options.jobs,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print("stochastic-layers: interrupted.", file=sys.stderr)
+        return 130
     failed = [certificate for certificate in certificates if not certificate.passed]
     if options.markdown:
         print(certificate_markdown(certificates))

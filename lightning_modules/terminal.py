@@ -1,14 +1,31 @@
-"""Tables that are wider than the terminal."""
+"""What the commands share: tables that are wider than the terminal, and being ended from outside."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-__all__ = ["InParts"]
+__all__ = ["InParts", "interruptible"]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While the block runs SIGTERM is a KeyboardInterrupt, as Ctrl-C is: what it has started is ended with it."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 class InParts:

@@ -1,5 +1,7 @@
 """The certificates and the table of compatible objectives, from the command line and in the docs."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,22 @@ def test_certify_fails_with_a_nonzero_status_and_says_what_failed(broken_layer, 
     assert run(broken_layer) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out and "encoder gradient, cubic cost" in out
+
+
+def test_certify_that_is_ended_from_outside_ends_what_it_has_started(capsys, monkeypatch):
+    ended = []
+
+    def certificates(pairs, certificate, jobs):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(certify, "_certificates", certificates)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("straight_through") == 130 and "interrupted" in capsys.readouterr().err
+    assert ended and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_certify_knows_layers_and_families(capsys):

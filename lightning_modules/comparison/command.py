@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -23,7 +21,7 @@ from lightning_modules.comparison.result import METRICS, Comparison, sorting, wr
 from lightning_modules.comparison.runner import DEFAULT_STEPS, Budget, compare_parsed
 from lightning_modules.comparison.settings import loggers, parse
 from lightning_modules.comparison.table import markdown_table, notes, rich_table
-from lightning_modules.terminal import InParts
+from lightning_modules.terminal import InParts, interruptible
 
 __all__ = ["main"]
 
@@ -89,19 +87,19 @@ def main(rest: Sequence[str]) -> int:
         reports_package()
         if not any(isinstance(logger, WandbLogger) for logger in found):
             raise ValueError("needed a W&B run for --report, got none; add --trainer.logger=WandbLogger.")
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        comparison = compare_parsed(
-            parsed,
-            options.layers and [layer for part in options.layers for layer in part],
-            budget=Budget.of(options.steps, options.seconds),
-            seeds=options.seeds,
-            evaluations=options.evaluations,
-            score=options.score,
-            folder=options.folder,
-            workers=options.workers,
-            console=Console(stderr=True),
-        )
+        with interruptible():
+            comparison = compare_parsed(
+                parsed,
+                options.layers and [layer for part in options.layers for layer in part],
+                budget=Budget.of(options.steps, options.seconds),
+                seeds=options.seeds,
+                evaluations=options.evaluations,
+                score=options.score,
+                folder=options.folder,
+                workers=options.workers,
+                console=Console(stderr=True),
+            )
     except KeyboardInterrupt:
         print(
             f"stochastic-layers: interrupted; the finished runs are in {options.folder / 'runs'}, and the same command "
@@ -109,8 +107,6 @@ def main(rest: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     command = shlex.join(["stochastic-layers", "compare", *rest])
     comparison = replace(comparison, settings=comparison.settings | {"command": command})
     files = write(comparison, options.folder, options.sort)
@@ -136,7 +132,3 @@ def write(comparison: Comparison, folder: Path, sort: str | None = None) -> list
     comparison.to_csv(folder / f"{name}.csv")
     write_text(folder / f"{name}.md", f"{comparison.title}\n\n{markdown_table(comparison, sort)}\n")
     return [*(folder / f"{name}.{kind}" for kind in ("json", "csv", "md")), *draw(comparison, folder, sort)]
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -16,7 +14,7 @@ from lightning_modules.sweeps.ranking import best, rank, ranking_table, short, w
 from lightning_modules.sweeps.record import Record, read_record
 from lightning_modules.sweeps.runner import Runner
 from lightning_modules.sweeps.state import SweepState, Trial, replace_file
-from lightning_modules.terminal import InParts
+from lightning_modules.terminal import InParts, interruptible
 
 __all__ = ["main"]
 
@@ -77,10 +75,6 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(rest: list[str]) -> int:
     """Run the command with the words after ``sweep``; returns the exit status, 1 if a trial failed, 130 if interrupted.
 
@@ -99,10 +93,12 @@ def main(rest: list[str]) -> int:
         plan, state, count=options.count, workers=options.workers, seed=options.seed, sweep_id=options.sweep_id
     )
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn())
-    signal.signal(signal.SIGTERM, _interrupt)
     interrupted = False
     try:
-        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        with (
+            interruptible(),
+            Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
+        ):
             runner.watch = Watch(plan, state, runner.count, progress)
             runner.run()
     except KeyboardInterrupt:
