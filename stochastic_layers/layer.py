@@ -216,6 +216,8 @@ class StochasticLayer(nn.Module, ABC):
         Raises:
             ValueError: Wrong shape or dtype, or NaN or infinite values.
         """
+        if not (context is None or isinstance(context, Tensor)):
+            raise ValueError(f"needed a tensor [*batch, F] as context, got {type(context).__name__}.")
         prepared = self.family.prepare(params)
         if not torch.is_grad_enabled():
             prepared = prepared.detach()  # the credit is computed later, with gradients on

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_layers.baselines import broadcasts
 from stochastic_layers.control_variates import (
     CostMoments,
     RelativeVariance,
@@ -18,6 +19,7 @@ from stochastic_layers.control_variates import (
     mean_point,
 )
 from stochastic_layers.layer import Sample, sum_rightmost
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.rebar import Rebar, couple, pairs, pathwise_difference, relax
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
@@ -56,7 +58,8 @@ class Relax(TemperedLayer):
         control_variate: ``"network"``, or ``"both"`` the relaxed cost and the network.
 
     Raises:
-        ValueError: ``temperature <= 0``, unknown ``control_variate``; at sampling, a context of another size.
+        ValueError: ``temperature <= 0``, a size that is not positive, unknown ``control_variate``; at sampling, a
+            context of another size or batch.
 
     References:
         Backpropagation through the Void: Optimizing control variates for black-box gradient estimation (Will
@@ -103,7 +106,9 @@ class Relax(TemperedLayer):
         self.control_variate = control_variate
         if control_variate == "both":
             self.needs, self.evaluations = Rebar.needs, Rebar.evaluations
+        check_positive_int("hidden_features", hidden_features)
         self.context_features = self.in_features if context_features is None else context_features
+        check_positive_int("context_features", self.context_features)
         last = nn.Linear(hidden_features, 1)
         nn.init.zeros_(last.weight)  # at the start c is the running mean of the cost, or the relaxed cost
         nn.init.zeros_(last.bias)
@@ -125,6 +130,11 @@ class Relax(TemperedLayer):
             raise ValueError(
                 f"needed a context [*batch, {self.context_features}], got {list(context.shape)}; build the layer with "
                 f"context_features={context.shape[-1]}."
+            )
+        if not broadcasts(context.shape[:-1], params.shape[:-1]):
+            raise ValueError(
+                f"needed a context [*batch, {self.context_features}] for params {list(params.shape)}, got "
+                f"{list(context.shape)}; give every example its features."
             )
         hard, scores, slope = couple(family, params, draws)
         relaxed = relax(
