@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.baselines import broadcasts
 from stochastic_layers.control_variates import (
     CostMoments,
@@ -143,13 +144,13 @@ class Relax(TemperedLayer):
         if not relaxed.requires_grad:
             relaxed = differentiable_points(relaxed, params)
         both = self.control_variate == "both"
-        level, spread = self.moments.mean, self.moments.std
+        level, spread, read = self.moments.mean, self.moments.std, as_drawn(hard)
         points = differentiable_points(torch.cat([hard, relaxed.flatten(0, 1)]), params) if both else hard
 
         def credit(cost: Tensor) -> Tensor:
             ndim = cost.dim()
             center, tau = joined(mean, ndim - 1), self.temperature.to(params.dtype)
-            score, slopes = joined(hard, ndim) - center, joined(slope, ndim)
+            score, slopes = joined(read(), ndim) - center, joined(slope, ndim)
             tuned = self.log_temperature.requires_grad
             gradient = cost_gradient(cost[draws:], points, create_graph=tuned) if both else None
             value, pulls = (spread.to(cost.dtype) * part for part in self._network_part(relaxed, context, ndim))
