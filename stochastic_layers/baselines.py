@@ -254,6 +254,6 @@ def create_baseline(
     if num_samples < needed:
         raise ValueError(
             f"needed num_samples >= {needed} for baseline {type(module).__name__}, got {num_samples}: it compares each "
-            "draw with the others. Raise num_samples or use baseline='moving_average'."
+            "draw with the others. Raise num_samples, or use 'reinforce' with baseline='moving_average'."
         )
     return module

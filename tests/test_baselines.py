@@ -208,6 +208,8 @@ def test_running_mean_of_several_statistics_counts_rows():
 def test_a_single_draw_has_no_others_to_be_compared_with():
     with pytest.raises(ValueError, match=r"num_samples >= 2 .* LeaveOneOut, got 1"):
         sl.create("reinforce", latent_dim=3, baseline="leave_one_out")
+    with pytest.raises(ValueError, match="'reinforce' with baseline='moving_average'"):  # this one has no such option
+        sl.create("leave_one_out", latent_dim=3, num_samples=1)
 
 
 @pytest.mark.parametrize(
