@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 
 from lightning_modules.build import build_likelihood, build_objective
-from lightning_modules.evaluation import Evaluation, unpadded
+from lightning_modules.evaluation import Evaluation, evaluation_loader, unpadded
 from lightning_modules.hyperparameters import plain_options
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.metrics import importance_statistics
@@ -87,6 +87,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.save_hyperparameters(plain_options(type(self).__name__, options))
         self.data_shape = tuple(data_shape)
         self.likelihood = build_likelihood(likelihood)
+        self.likelihood.event_dims = len(self.data_shape)
         self.objective = build_objective(objective)
         self.lr = check_positive("lr", lr, or_zero=True)
         self.baseline_lr = None if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
@@ -127,9 +128,16 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
                 f"{error}; pass the data_shape of your data, one example's without the batch."
             ) from error
 
-    def _check_data(self, x: Tensor) -> None:
+    def check_data(self, x: Tensor) -> None:
+        """Refuse a batch that is not ``[B, *data_shape]``.
+
+        Raises:
+            ValueError: It has another shape, holds integers, or is no tensor.
+        """
         if not isinstance(x, Tensor):
             raise ValueError(f"needed batches x or (x, ...), got {type(x).__name__}; give the loader a collate_fn.")
+        if not x.is_floating_point():
+            raise ValueError(f"needed floating-point data, got {x.dtype}; convert them, x.float() or x.float() / 255.")
         if x.shape[1:] != self.data_shape:
             raise ValueError(
                 f"needed data [N, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}; build the model with "
@@ -231,9 +239,9 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # Lightning's log inspects its caller: not traceable
     def _log_training(self, terms: _Terms, loss: Tensor, batch_size: int) -> None:
         with torch.no_grad():
-            values = {name: value.mean() for name, value in self.bound(terms).items()}
-        if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
-            values[self.objective.name] = -loss.detach().mean()
+            values = {name: mean_over_ranks(value) for name, value in self.bound(terms).items()}
+            if self.objective.name != "elbo":  # under its own name: the value of another objective is no ELBO
+                values[self.objective.name] = mean_over_ranks(-loss)
         for name, value in values.items():
             self.log(
                 f"train/{name}",
@@ -263,7 +271,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         return probe_params(self, x, num_draws)
 
     def _first_batch(self, x: Tensor) -> None:
-        self._check_data(x)
+        self.check_data(x)
         if self.likelihood.binary and not bool(((x == 0) | (x == 1)).all()):
             rank_zero_warn(
                 "the Bernoulli likelihood got data other than 0 and 1: its ELBO is then no bound of a log-likelihood. "
@@ -292,14 +300,14 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.evaluation("test").reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", data_of(batch), unpadded(self.trainer.val_dataloaders, batch_idx))
+        self._evaluate("val", data_of(batch), unpadded(evaluation_loader(self.trainer), batch_idx))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", data_of(batch), unpadded(self.trainer.test_dataloaders, batch_idx))
+        self._evaluate("test", data_of(batch), unpadded(evaluation_loader(self.trainer), batch_idx))
 
     def _evaluate(self, stage: str, x: Tensor, count: int | None) -> None:
         """Update and log the metrics of a stage by the first ``count`` examples of x, all by default."""
-        self._check_data(x)
+        self.check_data(x)
         evaluation, params = self.evaluation(stage), self.encode(x)
         terms = self.terms(x, params)
         bound, kl, q = self.bound(terms), self.kl_of_latents(terms), self.posterior(terms)

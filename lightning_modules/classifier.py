@@ -15,12 +15,16 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_modules.base import fused_adam, log_interval, own_noise, step_is_due
+from lightning_modules.evaluation import evaluation_loader, unpadded
+from lightning_modules.metrics import ExampleMean
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import Sample, capture, surrogate
 from stochastic_layers.options import check_positive
 
 __all__ = ["StochasticClassifier"]
+
+MEANS = ("loss", "expected_log_likelihood", "predictive_log_likelihood")  # measured in evaluation
 
 
 class StochasticClassifier(WeightsOnly):
@@ -103,6 +107,9 @@ class StochasticClassifier(WeightsOnly):
         self.calibrations = nn.ModuleDict(
             {f"{s}_stage": MulticlassCalibrationError(num_classes, n_bins=15) for s in ("val", "test")}
         )
+        self.means = nn.ModuleDict(
+            {f"{s}_stage": nn.ModuleDict({name: ExampleMean() for name in MEANS}) for s in ("val", "test")}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """The averaged probabilities: see :meth:`predict_probs`."""
@@ -142,7 +149,8 @@ class StochasticClassifier(WeightsOnly):
     def _log_training(self, loss: Tensor, expected: Tensor, logits: Tensor, y: Tensor, samples: list[Sample]) -> None:
         # by the weights of the draws: some layers evaluate auxiliary points as well, or every outcome
         correct = _expectation((logits.argmax(-1) == y).to(expected.dtype), samples)
-        values = {"loss": loss, "accuracy": correct.mean(), "expected_log_likelihood": -expected.mean()}
+        means = {"accuracy": mean_over_ranks(correct), "expected_log_likelihood": mean_over_ranks(-expected)}
+        values = {"loss": loss, **means}
         kl = self.kl_divergence()
         if kl is not None:
             values["kl"] = kl
@@ -163,31 +171,37 @@ class StochasticClassifier(WeightsOnly):
         return self.draws(x).softmax(-1).mean(0)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", *batch)
+        x, y = batch
+        self._evaluate("val", x, y, unpadded(evaluation_loader(self.trainer), batch_idx))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", *batch)
+        x, y = batch
+        self._evaluate("test", x, y, unpadded(evaluation_loader(self.trainer), batch_idx))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Averaged probabilities ``[B, num_classes]``."""
         return self.predict_probs(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
-    def _evaluate(self, stage: str, x: Tensor, y: Tensor) -> None:
+    def _evaluate(self, stage: str, x: Tensor, y: Tensor, count: int | None) -> None:
+        """Update and log the metrics of a stage by the first ``count`` examples, all by default."""
         logits = self.draws(x)
         log_prob = self.log_prob(logits, y)  # [draws, B]
-        expected = log_prob.mean()
+        expected = log_prob.mean(0)
         values = {
             "loss": self._kl_per_example() - expected,
             "expected_log_likelihood": expected,
-            "predictive_log_likelihood": (log_prob.logsumexp(0) - math.log(len(log_prob))).mean(),
+            "predictive_log_likelihood": log_prob.logsumexp(0) - math.log(len(log_prob)),
         }
         probs = logits.softmax(-1).mean(0)
         for name, metrics in (("accuracy", self.accuracies), ("calibration_error", self.calibrations)):
             metric = cast(Metric, metrics[f"{stage}_stage"])
-            metric.update(probs, y)
+            if count != 0:  # these metrics do not take empty batches
+                metric.update(probs[:count], y[:count])
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(y))
         for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", batch_size=len(y), sync_dist=True)
+            metric = cast(Metric, cast(nn.ModuleDict, self.means[f"{stage}_stage"])[name])
+            metric.update(value[:count])
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
 
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(self.network.parameters())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils.data import DistributedSampler
@@ -23,7 +24,7 @@ from stochastic_layers import StochasticLayer
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.quantized import QuantizedLayer
 
-__all__ = ["Evaluation", "evaluations", "unpadded"]
+__all__ = ["Evaluation", "evaluation_loader", "evaluations", "unpadded"]
 
 MAX_CODES = 2**16  # a histogram over more codes than this is not kept
 
@@ -126,6 +127,15 @@ def evaluations(
     )
 
 
+def evaluation_loader(trainer: Trainer) -> Any:
+    """The data loader of the validation or testing that is going on; None where there are several.
+
+    Not ``trainer.val_dataloaders``, which may hold it in a list, and which after a fit is that of the fit for ever.
+    """
+    combined = trainer._evaluation_loop._combined_loader
+    return combined.flattened[0] if combined is not None and len(combined.flattened) == 1 else None
+
+
 def unpadded(loader: Any, batch_idx: int) -> int | None:
     """Number of examples at the start of a batch that are no padding; None for all of them.
 
@@ -134,7 +144,7 @@ def unpadded(loader: Any, batch_idx: int) -> int | None:
     those from ``len(dataset)`` on are repeats.
 
     Args:
-        loader: The data loader of the evaluation, as the Trainer has it.
+        loader: The data loader of the evaluation.
         batch_idx: Number of the batch.
     """
     sampler, batch_size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)

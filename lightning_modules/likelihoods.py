@@ -14,11 +14,18 @@ __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogistic"
 
 
 class Likelihood(nn.Module, ABC):
-    """A law of data ``[*batch, C, ...]``, given decoder outputs ``[*batch, outputs_per_value * C, ...]``."""
+    """A law of data ``[*batch, C, ...]``, given decoder outputs ``[*batch, outputs_per_value * C, ...]``.
+
+    Attributes:
+        outputs_per_value: Number P of decoder outputs for each value of the data.
+        event_dims: Number of dimensions of one example, C included; a model sets it to that of its data.
+        binary: Whether only data in {0, 1} makes the ELBO a bound.
+    """
 
     name: ClassVar[str]
     outputs_per_value: int = 1
-    binary: ClassVar[bool] = False  # whether only data in {0, 1} makes the ELBO a bound
+    event_dims: int = 3
+    binary: ClassVar[bool] = False
 
     @abstractmethod
     def distribution(self, output: Tensor) -> Distribution:
@@ -43,10 +50,11 @@ class Likelihood(nn.Module, ABC):
         """The mean of the data ``[*batch, C, ...]``, in the data's range: what a picture shows."""
         return self.distribution(output).mean
 
-    def split(self, output: Tensor, event_dims: int = 3) -> Tensor:
-        """``[*batch, P * C, ...]`` -> ``[*batch, P, C, ...]`` with P outputs per value."""
-        lead, (channels, *rest) = output.shape[:-event_dims], output.shape[-event_dims:]
-        return output.reshape(*lead, self.outputs_per_value, channels // self.outputs_per_value, *rest)
+    def split(self, output: Tensor) -> Tensor:
+        """``[*batch, P * C, ...]`` -> ``[P, *batch, C, ...]`` with P outputs per value."""
+        lead, (channels, *rest) = output.shape[: -self.event_dims], output.shape[-self.event_dims :]
+        parts = output.reshape(*lead, self.outputs_per_value, channels // self.outputs_per_value, *rest)
+        return parts.movedim(len(lead), 0)
 
 
 class BernoulliLikelihood(Likelihood):
@@ -105,16 +113,15 @@ class CategoricalLikelihood(Likelihood):
         self.num_levels = self.outputs_per_value = num_levels
 
     def distribution(self, output: Tensor) -> Distribution:
-        logits = self.split(output)
-        return Categorical(logits=logits.movedim(-4, -1), validate_args=False)
+        return Categorical(logits=self.split(output).movedim(0, -1), validate_args=False)
 
     def value_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         return super().value_log_prob(output, (x * (self.num_levels - 1)).round())
 
     def mean(self, output: Tensor) -> Tensor:
         levels = torch.linspace(0, 1, self.num_levels, device=output.device, dtype=output.dtype)
-        probs = self.split(output).softmax(-4).movedim(-4, -1)
-        return (probs * levels).sum(-1)
+        probs = self.split(output).softmax(0)
+        return (probs.movedim(0, -1) * levels).sum(-1)
 
 
 class DiscretizedLogistic(Likelihood):
@@ -140,7 +147,7 @@ class DiscretizedLogistic(Likelihood):
         self.num_levels = num_levels
 
     def _loc_and_log_scale(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        loc, log_scale = self.split(output).unbind(-4)
+        loc, log_scale = self.split(output)
         return loc.sigmoid(), log_scale.clamp(-7.0, 5.0) - 2.0  # scales from e^-9 to e^3 of the data's range
 
     def distribution(self, output: Tensor) -> Distribution:

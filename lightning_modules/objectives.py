@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_modules.ranks import row_mean
 from stochastic_layers import Sample, StochasticLayer
 
 __all__ = ["ELBO", "Objective", "Terms"]
@@ -79,7 +80,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, terms: Terms, step: int) -> Tensor:
-        """The loss ``[B]``, or a scalar where it is not a sum over examples, at optimizer step ``step``."""
+        """The loss ``[B]`` at optimizer step ``step``."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class ELBO(Objective):
     Args:
         beta: Weight of the KL.
         kl_warmup_steps: Number of optimizer steps over which the weight rises linearly from 0 to beta.
-        free_bits: KL per latent variable, averaged over the batch, below which it is not reduced further; in nats.
+        free_bits: KL per latent variable, averaged over the batch of all ranks, below which it is not reduced further;
+            in nats.
 
     Raises:
         ValueError: A negative option.
@@ -118,8 +120,10 @@ class ELBO(Objective):
         return self.beta * min(1.0, step / self.kl_warmup_steps) if self.kl_warmup_steps else self.beta
 
     def kl_term(self, kl: Tensor, weight: float) -> Tensor:
-        """The weighted KL of the loss ``[B]`` (a scalar with free bits) of a closed-form KL ``[B, L]``."""
-        return weight * (kl.mean(0).clamp_min(self.free_bits).sum() if self.free_bits else kl.sum(-1))
+        """The weighted KL of the loss ``[B]`` of a closed-form KL ``[B, L]``."""
+        if self.free_bits:  # a latent variable below them counts with them, and has no gradient
+            kl = kl.where(row_mean(kl) >= self.free_bits, self.free_bits)
+        return weight * kl.sum(-1)
 
     def loss(self, terms: Terms, step: int) -> Tensor:
         weight = self.weight(step)

@@ -255,7 +255,7 @@ class _Frozen:
             leaf = self.params.detach().clone().requires_grad_()
             kl = model.closed_form_kl(model.layer.distribution(leaf))
             if kl is not None:
-                loss = objective.kl_term(kl, self.weight).expand(len(self.x))  # free bits give one number for all
+                loss = objective.kl_term(kl, self.weight)
                 # that of a point mass does not depend on its params
                 self.known = torch.autograd.grad(loss.sum(), leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)
 

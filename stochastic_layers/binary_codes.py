@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-from stochastic_layers.categorical import one_hot
+from stochastic_layers.categorical import one_hot, put
 
 __all__ = ["Decoder", "decode_sticks", "decode_tree", "ordered_sticks", "stick_logits", "tree_logits"]
 
@@ -62,7 +62,7 @@ def ordered_sticks(logits: Tensor, order: str) -> tuple[Tensor, Decoder]:
 
     def decode(bits: Tensor) -> tuple[Tensor, Tensor]:
         z, reached = decode_sticks(bits)
-        return torch.zeros_like(z).scatter_(-1, permutation.expand_as(z), z), reached
+        return put(torch.zeros_like(z), permutation.expand_as(z), z), reached
 
     return (stick_logits if order == "descending" else ascending_stick_logits)(ordered), decode
 

@@ -19,18 +19,26 @@ __all__ = [
     "log_softmax",
     "one_hot",
     "one_hot_categorical",
+    "put",
     "softmax",
     "softmax_gradient",
     "tempered_softmax",
 ]
 
-ONE_LEVEL = 24  # categories up to which the cumulative sum runs over all of them at once
+# sizes measured on a CPU, where a call costs as much as thousands of numbers
+ONE_LEVEL = 24  # categories up to which the cumulative sum runs over all of them at once,
+SMALL = 2**17  # and numbers in all
+FEW = 2048  # rows up to which a call for each is cheaper than a pass over all of their numbers
 VECTOR = 16  # numbers that a CPU works on at once
+
+
+def _eager_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and kernels_usable()
 
 
 def _few(scores: Tensor) -> bool:
     """Whether torch's softmax would work on one number at a time: a row is shorter than a vector, on a CPU."""
-    return scores.shape[-1] < VECTOR and scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    return scores.shape[-1] < VECTOR and _eager_on_cpu(scores)
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -92,15 +100,16 @@ def draw_categorical(probs: Tensor, num_samples: int) -> Tensor:
 
 
 def draw_index(probs: Tensor, num_samples: int) -> Tensor:
-    """Exact draws of a category by inversion, in two levels where there are many: ``[S, ..., 1]``.
+    """Exact draws of a category by inversion, in two levels where there are many numbers: ``[S, ..., 1]``.
 
     First a block of about sqrt(C) categories is drawn by its total, then a category of the block. So the cumulative
-    sums are short, and run in float64: a category keeps the relative accuracy of its probability, however small that
+    sums are short. They run in float64: a category keeps the relative accuracy of its probability, however small that
     is and however many others there are. The work is one pass over ``probs``, and S times what a row needs.
     """
     probs = probs.detach()
     count = probs.shape[-1]
-    if count <= ONE_LEVEL:
+    small = probs.device.type == "cpu" and not torch.compiler.is_compiling() and probs.numel() <= SMALL
+    if small or count <= ONE_LEVEL:
         return _invert(probs, num_samples).movedim(-1, 0).unsqueeze(-1)
     width = math.isqrt(count)
     # a divisor near the root leaves the blocks a view; else empty categories are appended
@@ -118,8 +127,7 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
 def _row_sums(rows: Tensor) -> Tensor:
     """``rows.sum(-1)`` of short rows ``[N, C]``; on a CPU as a product with ones, which takes half the time."""
     # the precision is asked last, and never in a graph, where it cannot be
-    in_graph = torch.compiler.is_compiling()
-    if in_graph or rows.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+    if not _eager_on_cpu(rows) or torch.get_float32_matmul_precision() != "highest":
         return rows.sum(-1)
     return rows @ torch.ones(rows.shape[-1], dtype=rows.dtype)
 
@@ -127,16 +135,19 @@ def _row_sums(rows: Tensor) -> Tensor:
 def _invert(weights: Tensor, num_samples: int) -> Tensor:
     """Draws in proportion to ``weights [..., C]`` by inversion of the cumulative sum: ``[..., S]``."""
     # mps has no float64
-    cdf = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
+    cdf = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
     u = torch.rand(*cdf.shape[:-1], num_samples, dtype=cdf.dtype, device=cdf.device)
     # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
-    return _count(cdf.unsqueeze(-2) <= u.mul_(cdf[..., -1:]).unsqueeze(-1))
+    u = u.mul_(cdf[..., -1:])
+    if _eager_on_cpu(cdf) and (u.numel() <= FEW or cdf.shape[-1] > 2 * ONE_LEVEL):
+        return torch.searchsorted(cdf, u, right=True)
+    return _count(cdf.unsqueeze(-2) <= u.unsqueeze(-1))
 
 
 def _count(marks: Tensor) -> Tensor:
     """``marks.sum(-1)`` of booleans of which one in each row is False; on a CPU eight at a time where that goes."""
     width = marks.shape[-1]
-    if width % 8 or width > 256 or marks.device.type != "cpu" or torch.compiler.is_compiling():
+    if width % 8 or width > 256 or not _eager_on_cpu(marks):
         return marks.sum(-1)
     words = marks.view(torch.int64)  # a byte for each; the product adds all bytes up in the highest
     words = words.squeeze(-1) if width == 8 else words.sum(-1)
@@ -147,11 +158,17 @@ def one_hot(index: Tensor, like: Tensor) -> Tensor:
     """Vectors ``[..., C]`` of ones at ``index [..., N]`` and zeros, with C, dtype and device of ``like [..., C]``."""
     count = like.shape[-1]
     zeros = torch.zeros(*index.shape[:-1], count, dtype=like.dtype, device=like.device)
-    if like.device.type != "cpu" or torch.compiler.is_compiling():
-        return zeros.scatter_(-1, index, 1.0)
+    if index.numel() <= FEW or not _eager_on_cpu(like):
+        return put(zeros, index, 1.0)
     start = torch.arange(0, zeros.numel(), count).view(*index.shape[:-1], 1)
     zeros.view(-1).index_fill_(0, (start + index).flatten(), 1.0)  # two thirds of the time of scatter_
     return zeros
+
+
+def put(tensor: Tensor, index: Tensor, values: Tensor | float) -> Tensor:
+    """``tensor.scatter_(-1, index, values)``; ``torch.func`` has no such, and gets a copy."""
+    result: Tensor = (tensor.scatter_ if kernels_usable() else tensor.scatter)(-1, index, values)
+    return result
 
 
 class _LazyCategorical(Categorical):

@@ -12,6 +12,7 @@ from torch import Tensor
 from stochastic_layers.binary_codes import decode_tree, ordered_sticks, tree_logits
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.noise import below
 from stochastic_layers.registry import register
 
 __all__ = ["ARM", "DisARM", "DisARMBase", "DisARMTree", "PairLayer"]
@@ -24,12 +25,12 @@ def _antithetic_noise(logits: Tensor, num_pairs: int) -> Tensor:
     """Uniforms ``[P, ...]``, off 0 and 1 by as much on both sides, so that u and 1 - u have the same law."""
     u = torch.rand(num_pairs, *logits.shape, dtype=logits.dtype, device=logits.device)
     half = torch.finfo(u.dtype).eps / 2
-    return u.clamp_(half, 1 - half)
+    return u.clamp(half, 1 - half)
 
 
 def _antithetic_bits(probs: Tensor, u: Tensor) -> Tensor:
     """Bits 1[u > 1 - p], then 1[u < p] ``[2 P, ...]``, each an exact draw: 1 - u is exact for u of even spacing."""
-    return torch.cat([1 - u, u]).lt_(probs)  # in floats: a fifth of the time of booleans that are converted
+    return below(torch.cat([1 - u, u]), probs)
 
 
 def _pair_credit(logits: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:

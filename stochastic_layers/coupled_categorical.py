@@ -11,8 +11,10 @@ from torch.nn.functional import logsigmoid, pad
 from stochastic_layers.arms import copula_bits, independence_ratio
 from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.binary_codes import ordered_sticks
+from stochastic_layers.categorical import one_hot
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.noise import exponential
 from stochastic_layers.options import require_two
 from stochastic_layers.registry import register
 
@@ -177,12 +179,11 @@ class ARSM(StochasticLayer):
         logits = self.family.unflatten(params)
         size, repeats = logits.shape[-1], self.num_samples
         shape = (repeats, *logits.shape)
-        noise = torch.empty(shape, dtype=logits.dtype, device=logits.device).exponential_()
-        noise = noise.clamp_min(torch.finfo(noise.dtype).tiny)
+        noise = exponential(shape, logits)
         pull = 1 / size - noise / noise.sum(-1, keepdim=True)  # [R, *batch, L, C]
         score = noise.log()[..., self.swaps] - logits.detach().unsqueeze(-2)  # [R, *batch, L, T, C]
         index = score.argmin(-1, keepdim=True)
-        z = torch.zeros_like(score).scatter_(-1, index, 1.0)
+        z = one_hot(index, score)
         z = z.movedim(-2, 0).flatten(0, 1).flatten(-2)  # [T * R, *batch, L * C]
 
         def credit(cost: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from torch.distributions import (
 from torch.distributions import Kumaraswamy as TorchKumaraswamy
 from torch.distributions.utils import broadcast_all
 
+from stochastic_layers.noise import exponential
+
 __all__ = ["HypersphericalUniform", "Kumaraswamy", "Logistic", "PowerSpherical", "open_unit_interval"]
 
 _EMPTY = torch.Size()
@@ -92,8 +94,7 @@ class Kumaraswamy(TorchKumaraswamy):
 
     def rsample(self, sample_shape: Any = _EMPTY) -> Tensor:
         shape, like = self._extended_shape(sample_shape), self.concentration1
-        minus_log_u = torch.empty(shape, dtype=like.dtype, device=like.device).exponential_()
-        return self._of(minus_log_u.clamp_min(torch.finfo(like.dtype).tiny))
+        return self._of(exponential(shape, like))
 
     def _of(self, minus_log_u: Tensor) -> Tensor:
         """The point above which the mass u lies: ``(1 - u^(1/b))^(1/a)``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stochastic_layers.categorical import log_softmax
+from stochastic_layers.categorical import log_softmax, one_hot
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.options import check_positive_int
@@ -78,8 +78,7 @@ class JointLayer(StochasticLayer):
         digits = index.unsqueeze(-1) // strides % self.radix  # [..., latent_dim]
         if not isinstance(self.family, CategoricalFamily):
             return digits.to(dtype)
-        one_hot = torch.zeros(*digits.shape, self.radix, dtype=dtype, device=index.device)
-        return one_hot.scatter_(-1, digits.unsqueeze(-1), 1.0).flatten(-2)
+        return one_hot(digits.unsqueeze(-1), torch.empty(self.radix, dtype=dtype, device=index.device)).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, outcomes={self.num_outcomes}"

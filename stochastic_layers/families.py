@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
+from stochastic_layers.noise import below
 from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.quadrature import gauss_hermite, product_rule
@@ -198,10 +199,33 @@ class Family(ABC):
         if torch.compiler.is_compiling():  # no branch on values in a graph: checked on the device, as the graph runs
             torch._assert_async(torch.isfinite(params).all(), "needed finite params, got NaN or infinite values")
         elif params.numel():
-            values = params.detach()
+            self._look(params.detach())
+        return params
+
+    def _look(self, values: Tensor) -> None:
+        if torch._C._are_functorch_transforms_active():
+            _Look.apply(values, self._look)  # type: ignore[no-untyped-call]
+        else:
             low, high = torch.aminmax(values)  # one pass, one synchronisation; NaN propagates
             self.check(values, low.item(), high.item())
-        return params
+
+
+class _Look(torch.autograd.Function):
+    """Calls a function of values that ``torch.func`` wraps with what is wrapped: of ``vmap``, all examples at once."""
+
+    @staticmethod
+    def forward(values: Tensor, look: Callable[[Tensor], None]) -> Tensor:
+        look(values)
+        return values.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, values: Tensor, look: Callable[[Tensor], None]) -> tuple[Tensor, None]:
+        result: Tensor = _Look.apply(values.movedim(in_dims[0], 0), look)  # type: ignore[no-untyped-call]
+        return result, None
 
 
 _FAMILIES: dict[str, type[Family]] = {}
@@ -237,7 +261,7 @@ class BernoulliFamily(Family):
         if probs.device.type != "cpu":
             return torch.bernoulli(probs.expand(num_samples, *probs.shape))
         # the same law, to the last of 53 bits: torch's own loop on a CPU takes up to 2.5 times as long
-        return torch.rand(num_samples, *probs.shape, dtype=torch.float64).lt_(probs).to(probs.dtype)
+        return below(torch.rand(num_samples, *probs.shape, dtype=torch.float64), probs).to(probs.dtype)
 
     def mode(self, q: Distribution) -> Tensor:
         logits: Tensor = _base(q).logits
@@ -293,7 +317,7 @@ class CategoricalFamily(Family):
 
     def mode(self, q: Distribution) -> Tensor:
         logits: Tensor = _base(q).logits
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0).flatten(-2)
+        return one_hot(logits.argmax(-1, keepdim=True), logits).flatten(-2)
 
     def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
         count = self.num_categories

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
-from stochastic_layers.categorical import draw_index, one_hot, tempered_softmax
+from stochastic_layers.categorical import draw_index, one_hot, put, tempered_softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import exponential, uniform
@@ -366,7 +366,7 @@ class GappedStraightThrough(TemperedLayer):
             values = logits.detach()
             top = values.amax(-1, keepdim=True)
             moved = torch.minimum(values.expand(*index.shape[:-1], -1), top - self.gap)
-            moved = moved.scatter_(-1, index, top.expand(index.shape))
+            moved = put(moved, index, top.expand(index.shape))
             soft = tempered_softmax(logits.unsqueeze(0), moved, temperature)
             return self._sample(q, with_value(one_hot(index, values), soft).flatten(-2))
         hard = self.family.sample(q, self.num_samples)

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from stochastic_layers.families import Family, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.noise import logistic
 from stochastic_layers.options import check_positive
 from stochastic_layers.quadrature import gauss_legendre, product_rule
 from stochastic_layers.registry import register
@@ -62,9 +63,7 @@ class HardConcreteDistribution(Distribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
-        u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
-        u = u.clamp_(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2)
-        return self._cut(((self.logits + u.logit_()) / self.temperature).sigmoid())
+        return self._cut(((self.logits + logistic(shape, self.logits)) / self.temperature).sigmoid())
 
     def log_prob(self, value: Tensor) -> Tensor:
         low, high = self.stretch

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.noise import exponential
 from stochastic_layers.registry import register
 
 __all__ = ["MeasureValued"]
@@ -91,8 +92,8 @@ class MeasureValued(StochasticLayer):
 
     def _offsets(self, like: Tensor) -> Tensor:
         """Noise ``[4, *like.shape]`` of the four points of a coordinate: W, -W, M and U M."""
-        w = like.new_empty(like.shape).exponential_().mul_(2).sqrt_()
-        m = like.new_empty(3, *like.shape).normal_().norm(dim=0)
+        w = exponential(like.shape, like).mul_(2).sqrt_()
+        m = torch.randn(3, *like.shape, dtype=like.dtype, device=like.device).norm(dim=0)
         u = 2 * torch.rand_like(like) - 1
         # the sign of M is that of U, whose product with it has the law of one coordinate of three normal ones
         return torch.stack([w, -w, torch.copysign(m, u), m * u])

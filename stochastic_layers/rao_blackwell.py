@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from stochastic_layers.categorical import draw_categorical, log_softmax, softmax
+from stochastic_layers.categorical import draw_categorical, log_softmax, one_hot, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.registry import register
@@ -177,4 +177,4 @@ class CoordinateFlip(_FlipLayer):
     def _choose(self, shape: torch.Size, like: Tensor) -> Tensor:
         """One-hot vectors ``[*shape, latent_dim]`` that mark one variable each, uniformly."""
         index = torch.randint(self.latent_dim, (*shape, 1), device=like.device)
-        return torch.zeros(*shape, self.latent_dim, dtype=like.dtype, device=like.device).scatter_(-1, index, 1.0)
+        return one_hot(index, like.new_empty(self.latent_dim))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_modules import VAE, CollapseWarning, Pictures
+from lightning_modules import VAE, CollapseWarning, Pictures, StochasticClassifier
 
 LAYERS = {
     "fsq": {"latent_dim": 3},
@@ -45,10 +45,21 @@ def evaluate(name, folder, **options):
     return {"metrics": metrics, "vectors": vectors, "files": [f.name for f in pictures.files]}
 
 
+def classify(**options):
+    """What a classifier measures on the 11 examples, in ordinary batches of 1."""
+    L.seed_everything(0, verbose=False)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+    data = TensorDataset(torch.randn(11, 1, 8, 8), torch.arange(11) % 4)
+    trainer = quiet_trainer(**options)
+    trainer.validate(StochasticClassifier(network, 4, eval_draws=2), DataLoader(data, batch_size=1), verbose=False)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     results = {name: evaluate(name, folder, devices=2, strategy="ddp") for name in LAYERS}
+    results["classifier"] = classify(devices=2, strategy="ddp")
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ddp_metrics_worker import LAYERS, evaluate
+from ddp_metrics_worker import LAYERS, classify, evaluate
 from processes import launch
 
 pytestmark = pytest.mark.ddp
@@ -29,3 +29,11 @@ def test_two_processes_measure_what_one_does_although_the_sampler_pads(ranks, na
         torch.testing.assert_close(first["vectors"][key], value, rtol=1e-5, atol=1e-8)  # the sums are of float32 terms
         assert torch.equal(first["vectors"][key], second["vectors"][key])
     assert second["files"] == [] and set(first["files"]) == set(alone["files"]) != set()
+
+
+def test_two_processes_classify_what_one_does_although_the_sampler_pads(ranks):
+    alone = classify(devices=1)
+    for measured in (r["classifier"] for r in ranks):
+        assert set(measured) == set(alone)
+        for key, value in alone.items():
+            assert measured[key] == pytest.approx(value, rel=1e-6), key

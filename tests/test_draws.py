@@ -8,7 +8,7 @@ from scipy import stats
 from torch.distributions import Independent, Normal, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
-from stochastic_layers import noise
+from stochastic_layers import categorical, noise
 from stochastic_layers.auxiliary import with_value
 from stochastic_layers.categorical import (
     _count,
@@ -37,6 +37,15 @@ def chi_square(counts, probs):
     return stats.chisquare(counts[keep], expected[keep] * (counts[keep].sum() / expected[keep].sum())).pvalue
 
 
+@pytest.fixture(params=["as the sizes are", "two levels", "two levels, many rows"])
+def levels(request, monkeypatch):
+    """The ways of an inversion that are taken for numbers and rows of every amount."""
+    if request.param != "as the sizes are":
+        monkeypatch.setattr(categorical, "SMALL", 0)
+    if request.param == "two levels, many rows":
+        monkeypatch.setattr(categorical, "FEW", 0)
+
+
 def count(probs, num_draws, step=20_000):
     total = torch.zeros(probs.shape[-1], dtype=torch.long)
     for _ in range(0, num_draws, step):
@@ -45,7 +54,7 @@ def count(probs, num_draws, step=20_000):
 
 
 @pytest.mark.parametrize("categories", [2, 10, 24, 25, 64, 97, 1000])
-def test_draws_by_inversion_follow_the_law(categories):
+def test_draws_by_inversion_follow_the_law(categories, levels):
     probs = (3 * torch.randn(categories)).softmax(-1)
     probs[0] *= categories == 2
     counts = count(probs, 200_000)
@@ -55,7 +64,7 @@ def test_draws_by_inversion_follow_the_law(categories):
     assert categories < 10 or chi_square(counts, shifted) < FALSE_ALARM
 
 
-def test_many_rare_categories_after_a_frequent_one_are_drawn_as_often_as_they_should():
+def test_many_rare_categories_after_a_frequent_one_are_drawn_as_often_as_they_should(levels):
     probs = torch.full((65_536,), 2e-8)  # each is less than the spacing of float32 near 1, together they are 0.13 %
     probs[0] = 1 - 65_535 * 2e-8
     draws = 200_000
@@ -65,12 +74,13 @@ def test_many_rare_categories_after_a_frequent_one_are_drawn_as_often_as_they_sh
 
 
 @pytest.mark.slow
-def test_65536_categories_of_all_sizes_follow_the_law():
+@pytest.mark.parametrize("levels", ["two levels"], indirect=True)
+def test_65536_categories_of_all_sizes_follow_the_law(levels):
     probs = (2 * torch.randn(65_536)).softmax(-1)
     assert chi_square(count(probs, 4_000_000), probs) > FALSE_ALARM
 
 
-def test_rows_and_draws_are_independent_and_keep_their_places():
+def test_rows_and_draws_are_independent_and_keep_their_places(levels):
     probs = torch.zeros(3, 2, 70)
     for row in range(6):
         probs.view(6, 70)[row, 11 * row] = 1.0
@@ -84,7 +94,7 @@ def test_rows_and_draws_are_independent_and_keep_their_places():
 
 @pytest.mark.parametrize("dtype", [torch.float32, double])
 @pytest.mark.parametrize("categories", [3, 50])
-def test_extreme_probabilities_draw_no_category_without_mass(dtype, categories):
+def test_extreme_probabilities_draw_no_category_without_mass(dtype, categories, levels):
     logits = torch.full((20_000, categories), -1e4, dtype=dtype)
     logits[:, -2] = 1e4
     assert bool((draw_index(logits.softmax(-1), 2) == categories - 2).all())
@@ -124,7 +134,7 @@ def test_noise_follows_its_law(dtype):
 def test_tails_of_the_noise_are_finer_than_float32_near_one(monkeypatch):
     like = torch.zeros(())
     ends = torch.tensor([1, 3, -1, 2**31 - 1, -(2**31) + 1], dtype=torch.int32)
-    monkeypatch.setattr(noise, "fast_integers", lambda shape, dtype, device: ends.clone())
+    monkeypatch.setattr(noise, "fast_integers", lambda shape, dtype, like: ends.clone())
     u = _uniform((5,), like)
     assert 0 < u[0] < 1e-9 and u[3] < 1 and u[2] == -u[0] and u[4] == -u[3]
     torch.testing.assert_close(u[1], 3 * u[0])

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import stochastic_layers as sl
 from lightning_modules import VAE
-from lightning_modules.evaluation import unpadded
+from lightning_modules.evaluation import evaluation_loader, unpadded
 from lightning_modules.metrics import (
     ActiveUnits,
     BitsPerDimension,
@@ -211,6 +212,25 @@ def test_the_padding_of_a_distributed_sampler_is_left_out(examples, world_size, 
             padded += len(x)
     assert sorted(kept) == list(range(examples))
     assert (padded > examples) == (examples % world_size > 0)  # there was something to leave out
+
+
+@pytest.mark.parametrize("contain", [lambda v: v, lambda v: [v], lambda v: {"a": v}], ids=["bare", "list", "mapping"])
+def test_the_loader_of_an_evaluation_is_found_in_a_container_and_after_a_fit(contain):
+    class Watched(VAE):
+        def on_validation_epoch_end(self):
+            self.seen = evaluation_loader(self.trainer)
+
+        def on_test_epoch_end(self):
+            self.seen = evaluation_loader(self.trainer)
+
+    train, during, after = (DataLoader(torch.rand(n, 1, 8, 8).round(), 2) for n in (2, 3, 5))
+    model, trainer = Watched("gaussian", {"latent_dim": 2}), quiet_trainer(max_steps=1, num_sanity_val_steps=0)
+    trainer.fit(model, train, contain(during))
+    assert model.seen is during
+    trainer.validate(model, contain(after), verbose=False)
+    assert model.seen is after
+    trainer.test(model, contain(during), verbose=False)
+    assert model.seen is during
 
 
 def test_other_loaders_have_no_padding():

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_layers as sl
+from lightning_modules import ELBO
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from stochastic_layers.control_variates import CostMoments, RelativeVariance
 
@@ -44,6 +45,21 @@ def test_gradients_of_uneven_ranks_average_to_that_of_the_joined_mean(monkeypatc
             losses.append(mean_over_ranks(part))
     assert float(sum(losses) / 2) == float(values.mean())
     assert float(sum(part.mean() for part in parts) / 2) != float(values.mean())  # what plain means would give
+
+
+def test_free_bits_are_those_of_the_joined_batch(monkeypatch):
+    kl = torch.tensor([[0.1, 0.1], [0.1, 0.2], [0.1, 0.9]], requires_grad=True)  # rows of two ranks, 1 and 2 of them
+    objective, parts = ELBO(free_bits=0.35), kl.split((1, 2))
+    terms = []
+    for part, other in zip(parts, reversed(parts), strict=True):
+        with monkeypatch.context() as patch:
+            FakeRanks(patch, torch.cat([other.detach().sum(0), torch.tensor([float(len(other))])]))
+            terms.append(objective.kl_term(part, 1.0))
+    joined = kl.mean(0).clamp_min(0.35).sum()  # the definition
+    torch.testing.assert_close(torch.cat(terms).mean(), joined)
+    (found,), (expected,) = (torch.autograd.grad(loss, kl) for loss in (torch.cat(terms).mean(), joined))
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(objective.kl_term(parts[0], 1.0), terms[0])  # one rank alone has other latents below them
 
 
 def test_statistics_of_a_control_variate_are_joint_from_the_first_step(monkeypatch):

@@ -133,19 +133,32 @@ def test_latents_at_every_position_of_a_convolutional_encoder(loader, tmp_path):
     assert model.predict_step((torch.zeros(2, 1, 8, 8),), 0).shape == (2, 4, 4, 4)
 
 
-@pytest.mark.parametrize("validates", [True, False])
+# who sees the data first: validation, the training step, or the gradient monitor that is due at it
+FIRST = [{"num_sanity_val_steps": 2}, {"log_every_n_steps": 2}, {"log_every_n_steps": 1}]
+
+
+@pytest.mark.parametrize("first", FIRST, ids=["validation", "training", "monitor"])
 @pytest.mark.parametrize("build", [lambda: VAE("gaussian"), lambda: HierarchicalVAE(["gaussian"])], ids=["vae", "two"])
-def test_data_of_another_shape_are_refused_with_the_remedy(build, validates, tmp_path):
+def test_data_of_another_shape_are_refused_with_the_remedy(build, first, tmp_path):
     images = DataLoader(TensorDataset(torch.zeros(8, 1, 28, 28)), batch_size=4)
-    run = trainer(tmp_path, num_sanity_val_steps=2 if validates else 0)
+    run = trainer(tmp_path, **first)
     with pytest.raises(ValueError, match=r"needed data \[N, 1, 8, 8\], got .*model with data_shape=\(1, 28, 28\)"):
         run.fit(build(), images, images)
 
 
-def test_batches_that_are_mappings_are_refused(tmp_path):
-    batches = DataLoader([{"image": torch.zeros(1, 8, 8)}] * 4, batch_size=2)
-    with pytest.raises(ValueError, match=r"needed batches x or \(x, ...\), got dict"):
-        trainer(tmp_path, num_sanity_val_steps=2).fit(VAE("gaussian"), batches, batches)
+@pytest.mark.parametrize("first", FIRST, ids=["validation", "training", "monitor"])
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"image": torch.zeros(1, 8, 8)}, r"needed batches x or \(x, ...\), got dict"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), "needed floating-point data, got torch.uint8"),
+    ],
+    ids=["mapping", "bytes"],
+)
+def test_batches_that_are_mappings_or_integers_are_refused(example, message, first, tmp_path):
+    batches = DataLoader([example] * 4, batch_size=2)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **first).fit(VAE("gaussian"), batches, batches)
 
 
 def test_parts_that_do_not_fit_are_found_at_construction():
@@ -315,6 +328,20 @@ def test_categorical_likelihood_reads_levels_and_gaussian_learns_its_scale():
     likelihood = GaussianLikelihood()
     likelihood.log_prob(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)).sum().backward()
     assert likelihood.log_scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("shape", [(12,), (6, 2)])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "gaussian", "discretized_logistic"])
+def test_data_of_fewer_dimensions_have_the_likelihood_of_images_of_size_one(likelihood, shape):
+    few = VAE("gaussian", {"latent_dim": 2}, likelihood=likelihood, data_shape=shape)
+    image_shape = (*shape, *[1] * (3 - len(shape)))
+    images = VAE("gaussian", {"latent_dim": 2}, likelihood=likelihood, data_shape=image_shape)
+    x, output = torch.rand(5, *shape).round(), torch.randn(3, 5, *few.output_shape)
+    same_output = output.view(3, 5, *images.output_shape)
+    expected = images.likelihood.log_prob(same_output, x.view(5, *image_shape))
+    torch.testing.assert_close(few.likelihood.log_prob(output, x), expected)
+    means = images.likelihood.mean(same_output)
+    torch.testing.assert_close(few.likelihood.mean(output), means.view(3, 5, *shape))
 
 
 def test_noise_is_added_by_default_and_not_twice(loader, tmp_path):

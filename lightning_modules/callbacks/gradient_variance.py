@@ -109,6 +109,7 @@ class GradientVarianceMonitor(Callback):
         if not self._is_due(trainer) or batch_idx % trainer.accumulate_grad_batches:
             return
         model, x = _checked(pl_module), data_of(batch)
+        model.check_data(x)  # at every step this comes before the check of the model itself
         with self._own_noise(trainer, model), trainer.precision_plugin.train_step_context():
             few = x[: -(-self.num_examples // trainer.world_size)]
             values = _summary("grad", [_at_params(trainer, s) for s in probe_params(model, few, self.num_draws)])

@@ -68,8 +68,9 @@ class Certificate:
 
     @property
     def largest_z(self) -> float | None:
-        """Largest deviation of a tested gradient or value from the exact one, in standard errors."""
-        values = [r.largest_z for r in self.rows if r.quantity and r.largest_z is not None and r.outcome != "measured"]
+        """Largest deviation of a tested gradient or value that has a spread from the exact one, in standard errors."""
+        rows = [r for r in self.rows if r.quantity and not r.exact and r.outcome != "measured"]
+        values = [r.largest_z for r in rows if r.largest_z is not None]
         return max(values, default=None)
 
     @property
