@@ -1,14 +1,14 @@
-"""One value and another gradient: hard draws with the slope of soft ones, draws that carry auxiliary losses."""
+"""Draws with more to them: the slope of soft ones, auxiliary losses, and that they are still what was drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["kernels_usable", "with_gradient_of", "with_value"]
+__all__ = ["as_drawn", "kernels_usable", "with_gradient_of", "with_value"]
 
 
 def kernels_usable() -> bool:
@@ -65,3 +65,27 @@ def with_gradient_of(z: Tensor, losses: Iterable[Tensor]) -> Tensor:
     total = sum((loss.mean() for loss in losses), torch.zeros((), device=z.device))
     result: Tensor = _WithGradientOf.apply(z, total)  # type: ignore[no-untyped-call]
     return result
+
+
+def as_drawn(z: Tensor) -> Callable[[], Tensor]:
+    """A function that returns z, to be read after the model has had it, as long as it is what was drawn.
+
+    What autograd saves it guards itself; but log q(z) and the like are computed when the cost is known.
+
+    Raises:
+        RuntimeError: From the function: z was changed in place.
+    """
+    if torch.compiler.is_compiling() or z.is_inference():  # there a tensor has no version
+        return lambda: z
+    version = z._version
+
+    def read() -> Tensor:
+        if z._version != version:
+            raise RuntimeError(
+                "needed the draws z as they were drawn, got them changed in place: log q(z) would be that of other "
+                "points, and the gradient wrong. Write 2 * z - 1 instead of z.mul_(2).sub_(1), say, and "
+                "inplace=False in the module after the layer."
+            )
+        return z
+
+    return read

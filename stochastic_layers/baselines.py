@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import refuse_recomputation
 from stochastic_layers.registry import nearest
 from stochastic_layers.running_state import RunningState
@@ -64,6 +65,11 @@ class LeaveOneOut(Baseline):
         first = cost[:1]
         rest = cost - first  # so that the baseline of a constant cost is that cost exactly, whatever its rounding
         return first + (rest.sum(0, keepdim=True) - rest) / (cost.shape[0] - 1)
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of a shape can be expanded to another."""
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1], strict=False))
 
 
 def mean_over_all_ranks(rows: Tensor) -> tuple[Tensor, Tensor | int]:
@@ -162,6 +168,9 @@ class LearnedBaseline(Baseline):
             context, so that ``layer.in_features`` is right there.
         hidden_features: Width of the hidden layer.
 
+    Raises:
+        ValueError: A size is not positive; in :meth:`forward`, a context of another size or batch.
+
     References:
         Neural Variational Inference and Learning in Belief Networks (Andriy Mnih, Karol Gregor, 2014),
         https://arxiv.org/abs/1402.0030
@@ -169,7 +178,8 @@ class LearnedBaseline(Baseline):
 
     def __init__(self, context_features: int, hidden_features: int = 100) -> None:
         super().__init__()
-        self.context_features = context_features
+        self.context_features = check_positive_int("context_features", context_features)
+        check_positive_int("hidden_features", hidden_features)
         self.network = nn.Sequential(
             nn.Linear(context_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, 1)
         )
@@ -183,7 +193,14 @@ class LearnedBaseline(Baseline):
         dtype = next(self.network.parameters()).dtype
         prediction: Tensor = self.network(context.to(dtype)).squeeze(-1)  # [*batch]
         # a cost that has summed trailing batch dimensions is predicted by the sum of their predictions
-        return prediction.flatten(cost.dim() - 1).sum(-1) if prediction.dim() > cost.dim() - 1 else prediction
+        if prediction.dim() >= cost.dim():
+            prediction = prediction.flatten(cost.dim() - 1).sum(-1)
+        if not broadcasts(prediction.shape, cost.shape[1:]):
+            raise ValueError(
+                f"needed a context [*batch, {self.context_features}] for a cost of shape {list(cost.shape)}, got "
+                f"{list(context.shape)}; give every example its features."
+            )
+        return prediction
 
 
 def as_of_now(baseline: nn.Module | None) -> Prediction | None:
@@ -237,6 +254,6 @@ def create_baseline(
     if num_samples < needed:
         raise ValueError(
             f"needed num_samples >= {needed} for baseline {type(module).__name__}, got {num_samples}: it compares each "
-            "draw with the others. Raise num_samples or use baseline='moving_average'."
+            "draw with the others. Raise num_samples, or use 'reinforce' with baseline='moving_average'."
         )
     return module

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from stochastic_layers.arms import copula_bits, independence_ratio
+from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.binary_codes import ordered_sticks
 from stochastic_layers.categorical import one_hot
 from stochastic_layers.families import CategoricalFamily
@@ -104,6 +105,7 @@ class CARMS(StochasticLayer):
         z, reached = decode(bits)  # [K, *batch, L, C], [K, *batch, L, C - 1]
         stop = reached.sum(-1).long() - 1  # the last stick looked at: it decides, or nothing was left
         first = torch.minimum(stop.unsqueeze(0), stop.unsqueeze(1))  # [K, K, *batch, L]
+        read = as_drawn(z)
         ratios = pair_ratios(sticks, count)
         ratio = ratios.expand(count, count, *ratios.shape).gather(-1, first.unsqueeze(-1)).squeeze(-1)
 
@@ -112,7 +114,7 @@ class CARMS(StochasticLayer):
             difference = _append_dims(cost.unsqueeze(1) - cost.unsqueeze(0), ratio.dim())
             advantage = (ratio * difference).sum(1) / (count * (count - 1))  # [K, *batch, L]
             # pairs that agree need no exception: their terms cancel, whatever their ratio
-            return sum_rightmost(advantage * (z * logits).sum(-1), cost.dim()).sum(0)
+            return sum_rightmost(advantage * (read() * logits).sum(-1), cost.dim()).sum(0)
 
         return self._sample(self.law(params), z.flatten(-2), credit=credit)
 

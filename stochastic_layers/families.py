@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent
 
+from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
 from stochastic_layers.noise import below
 from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
@@ -94,7 +95,8 @@ class Family(ABC):
         The function is cheaper than :meth:`log_prob` where a draw is known by less than z.
         """
         z = self.sample(q, num_samples)
-        return z, lambda: self.log_prob(q, z)
+        read = as_drawn(z)
+        return z, lambda: self.log_prob(q, read())
 
     def rsample(self, q: Distribution, num_samples: int) -> Tensor:
         """Draws ``[S, *batch, out_features]`` with a gradient, of families that torch can reparameterize."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from stochastic_layers.auxiliary import with_gradient_of
+from stochastic_layers.auxiliary import as_drawn, with_gradient_of
 from stochastic_layers.captures import innermost
 from stochastic_layers.families import Family, create_family
 from stochastic_layers.options import check_positive_int
@@ -216,6 +216,8 @@ class StochasticLayer(nn.Module, ABC):
         Raises:
             ValueError: Wrong shape or dtype, or NaN or infinite values.
         """
+        if not (context is None or isinstance(context, Tensor)):
+            raise ValueError(f"needed a tensor [*batch, F] as context, got {type(context).__name__}.")
         prepared = self.family.prepare(params)
         if not torch.is_grad_enabled():
             prepared = prepared.detach()  # the credit is computed later, with gradients on
@@ -281,8 +283,8 @@ class StochasticLayer(nn.Module, ABC):
         if weights is None:
             weights = torch.full((z.shape[0],), 1.0 / z.shape[0], dtype=z.dtype, device=z.device)
         if log_density is None:
-            family = self.family
-            log_density = lambda: family.log_prob(q, z)  # noqa: E731
+            family, read = self.family, as_drawn(z)
+            log_density = lambda: family.log_prob(q, read())  # noqa: E731
         return Sample(z, weights, q, log_density, credit, dict(aux or {}), equally_weighted)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stochastic_layers.auxiliary import as_drawn
+from stochastic_layers.baselines import broadcasts
 from stochastic_layers.control_variates import (
     CostMoments,
     RelativeVariance,
@@ -18,6 +20,7 @@ from stochastic_layers.control_variates import (
     mean_point,
 )
 from stochastic_layers.layer import Sample, sum_rightmost
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.rebar import Rebar, couple, pairs, pathwise_difference, relax
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
@@ -56,7 +59,8 @@ class Relax(TemperedLayer):
         control_variate: ``"network"``, or ``"both"`` the relaxed cost and the network.
 
     Raises:
-        ValueError: ``temperature <= 0``, unknown ``control_variate``; at sampling, a context of another size.
+        ValueError: ``temperature <= 0``, a size that is not positive, unknown ``control_variate``; at sampling, a
+            context of another size or batch.
 
     References:
         Backpropagation through the Void: Optimizing control variates for black-box gradient estimation (Will
@@ -103,7 +107,9 @@ class Relax(TemperedLayer):
         self.control_variate = control_variate
         if control_variate == "both":
             self.needs, self.evaluations = Rebar.needs, Rebar.evaluations
+        check_positive_int("hidden_features", hidden_features)
         self.context_features = self.in_features if context_features is None else context_features
+        check_positive_int("context_features", self.context_features)
         last = nn.Linear(hidden_features, 1)
         nn.init.zeros_(last.weight)  # at the start c is the running mean of the cost, or the relaxed cost
         nn.init.zeros_(last.bias)
@@ -126,6 +132,11 @@ class Relax(TemperedLayer):
                 f"needed a context [*batch, {self.context_features}], got {list(context.shape)}; build the layer with "
                 f"context_features={context.shape[-1]}."
             )
+        if not broadcasts(context.shape[:-1], params.shape[:-1]):
+            raise ValueError(
+                f"needed a context [*batch, {self.context_features}] for params {list(params.shape)}, got "
+                f"{list(context.shape)}; give every example its features."
+            )
         hard, scores, slope = couple(family, params, draws)
         relaxed = relax(
             family, scores, self.temperature.to(params.dtype)
@@ -133,13 +144,13 @@ class Relax(TemperedLayer):
         if not relaxed.requires_grad:
             relaxed = differentiable_points(relaxed, params)
         both = self.control_variate == "both"
-        level, spread = self.moments.mean, self.moments.std
+        level, spread, read = self.moments.mean, self.moments.std, as_drawn(hard)
         points = differentiable_points(torch.cat([hard, relaxed.flatten(0, 1)]), params) if both else hard
 
         def credit(cost: Tensor) -> Tensor:
             ndim = cost.dim()
             center, tau = joined(mean, ndim - 1), self.temperature.to(params.dtype)
-            score, slopes = joined(hard, ndim) - center, joined(slope, ndim)
+            score, slopes = joined(read(), ndim) - center, joined(slope, ndim)
             tuned = self.log_temperature.requires_grad
             gradient = cost_gradient(cost[draws:], points, create_graph=tuned) if both else None
             value, pulls = (spread.to(cost.dtype) * part for part in self._network_part(relaxed, context, ndim))

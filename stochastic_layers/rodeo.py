@@ -20,7 +20,7 @@ from stochastic_layers.control_variates import (
 )
 from stochastic_layers.double_cv import OptimalCoefficients, from_others
 from stochastic_layers.layer import Sample, StochasticLayer
-from stochastic_layers.options import require_two
+from stochastic_layers.options import check_positive_int, require_two
 from stochastic_layers.registry import register
 
 __all__ = ["Rodeo"]
@@ -94,7 +94,7 @@ class Rodeo(StochasticLayer):
         taylor: Whether the surrogate is the Taylor expansion plus the network, or the network alone.
 
     Raises:
-        ValueError: ``num_samples < 2``, or ``decay`` not in [0, 1).
+        ValueError: ``num_samples < 2``, ``hidden_features < 1``, or ``decay`` not in [0, 1).
 
     References:
         Gradient Estimation with Discrete Stein Operators (Jiaxin Shi, Yuhao Zhou, Jessica Hwang, Michalis K. Titsias,
@@ -126,6 +126,7 @@ class Rodeo(StochasticLayer):
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
         require_two(num_samples)
+        check_positive_int("hidden_features", hidden_features)
         last = nn.Linear(hidden_features, 2)
         if taylor:  # at the start the surrogates are the Taylor expansion itself
             nn.init.zeros_(last.weight)

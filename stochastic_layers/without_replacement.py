@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.categorical import draw_index
 from stochastic_layers.exact import JointLayer
 from stochastic_layers.layer import Sample
@@ -104,13 +105,14 @@ class SumAndSample(JointLayer):
             rest = log_rest.logsumexp(-1).exp() / self.num_samples
             weights = torch.cat([exact, rest.expand(self.num_samples, *rest.shape)])
         z = self.points(index, params.dtype)  # [S, *batch, out_features]
+        read = as_drawn(z)
 
         def credit(cost: Tensor) -> Tensor:
             cost = cost.detach()
             if self.baseline == "exact_part":
                 cost = cost - cost[:1]  # the likeliest outcome is always there: no draw enters
                 cost = cost - (exact * cost[:num_exact]).sum(0) / exact.sum(0)
-            return (weights * cost * self.family.log_prob(q, z)).sum(0)
+            return (weights * cost * self.family.log_prob(q, read())).sum(0)
 
         return self._sample(q, z, weights=weights, credit=credit)
 
@@ -233,6 +235,7 @@ class UnorderedSet(JointLayer):
         k = min(self.num_samples, self.num_outcomes)
         index = self._draw_set(joint, k)
         z = self.points(index, params.dtype)
+        read = as_drawn(z)
         log_p = joint.movedim(-1, 0).gather(0, index)  # [k, *batch]
         log_rest = joint.scatter(-1, index.movedim(0, -1), -torch.inf).logsumexp(-1)
         log_h = log_set_probs(log_p, log_rest)
@@ -250,7 +253,7 @@ class UnorderedSet(JointLayer):
                 log_ratio = log_h[full - pair.masked_fill(same, 0)] - log_without.unsqueeze(1)  # [s, s', *batch]
                 log_ratio = log_ratio.masked_fill(same.view(k, k, *[1] * (cost.dim() - 1)), 0.0)
                 cost = cost - ((log_p + log_ratio).exp() * cost).sum(1)
-            return (weights * cost * self.family.log_prob(q, z)).sum(0)
+            return (weights * cost * self.family.log_prob(q, read())).sum(0)
 
         return self._sample(q, z, weights=weights, credit=credit)
 

@@ -208,6 +208,8 @@ def test_running_mean_of_several_statistics_counts_rows():
 def test_a_single_draw_has_no_others_to_be_compared_with():
     with pytest.raises(ValueError, match=r"num_samples >= 2 .* LeaveOneOut, got 1"):
         sl.create("reinforce", latent_dim=3, baseline="leave_one_out")
+    with pytest.raises(ValueError, match="'reinforce' with baseline='moving_average'"):  # this one has no such option
+        sl.create("leave_one_out", latent_dim=3, num_samples=1)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,8 @@ def test_a_single_draw_has_no_others_to_be_compared_with():
         ({"name": "mean"}, "name of a baseline"),
         ({"decay": 0.9}, "name of a baseline"),
         ({"name": "moving_average", "rate": 0.9}, "needed options"),
+        ({"name": "learned", "hidden_features": 0}, "hidden_features >= 1"),
+        ({"name": "learned", "context_features": -1}, "context_features >= 1"),
         ({"name": "moving_average", "decay": 1.0}, "decay < 1"),
         ({"name": "moving_average", "decay": -0.1}, "0 <= decay"),
         (3, "baseline"),
@@ -233,4 +237,8 @@ def test_a_context_of_the_wrong_size_is_refused():
     sample = layer.sample(params, torch.zeros(2, 7))
     with pytest.raises(ValueError, match="'context_features': 7"):
         sample.surrogate(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"a context \[\*batch, 3\] .* got \[5, 3\]"):
+        layer.sample(params, torch.zeros(5, 3)).surrogate(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="as context, got list"):
+        layer.sample(params, [[0.0] * 3])
     assert LearnedBaseline(3).context_features == 3

@@ -53,6 +53,29 @@ def test_a_layer_that_drew_without_gradients_does_not_train_the_encoder(name, op
     assert of_logits is None and of_weight.any()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("leave_one_out", {}),
+        ("nvil", {"family": "gaussian"}),
+        ("relax", {}),
+        ("sum_and_sample", {"num_exact": 1}),
+        ("unordered_set", {"num_samples": 2}),
+        ("carms", {"num_categories": 3}),
+    ],
+    ids=str,
+)
+def test_draws_that_the_model_changes_in_place_are_refused(name, options):
+    """log q would be that of other points, in silence: autograd guards only what it has saved."""
+    layer = bits(name, **options)
+    logits = torch.zeros(5, layer.in_features, dtype=torch.float64, requires_grad=True)
+    with sl.capture() as samples:
+        z = layer(logits)
+    cost = z.mul_(2).sub_(1).sum(-1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        sl.surrogate(cost, samples)
+
+
 def test_an_exception_leaves_no_capture_open():
     layer = bits("reinforce")
     with sl.capture() as outer:

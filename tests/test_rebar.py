@@ -285,5 +285,6 @@ def test_relax_reads_the_context():
         gradients.append(float(leaf.grad.norm()))
         optimizer.step()
     assert sum(gradients[-50:]) < 0.3 * sum(gradients[:50])
-    with pytest.raises(ValueError, match=r"context \[\*batch, 1\]"):
-        layer.sample(params, torch.zeros(2, 2))
+    for shape in ([2, 2], [3, 1], [2, 2, 1]):  # two examples of one feature; the last would count for other draws
+        with pytest.raises(ValueError, match=r"context \[\*batch, 1\]"):
+            layer.sample(params, torch.zeros(*shape))
