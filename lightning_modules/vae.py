@@ -146,7 +146,7 @@ class VAE(LatentVariableModel[Terms]):
         """z ``[..., *positions, layer.out_features]`` -> decoder outputs ``[..., outputs_per_value * C, ...]``."""
         positions = len(self.latent_shape)
         lead = z.shape[: z.dim() - 1 - positions]
-        flat = z.reshape(-1, *z.shape[z.dim() - 1 - positions :])
+        flat = z.reshape(-1, *z.shape[z.dim() - 1 - positions :]).to(self.dtype)  # laws draw in float32 at least
         output: Tensor = self.decoder(flat.movedim(-1, 1) if positions else flat)
         return output.reshape(*lead, *output.shape[1:])
 

@@ -115,6 +115,24 @@ def test_likelihoods_and_networks_fit_together(likelihood, network, loader, tmp_
     assert model.generate(3).shape == model.reconstruct(torch.zeros(3, 1, 8, 8)).shape == (3, 1, 8, 8)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: VAE("gaussian", iwae_samples={"val": 5}),
+        lambda: HierarchicalVAE(["disarm", "gaussian"], iwae_samples={"val": 5}),
+        lambda: HierarchicalVAE(["disarm", "gaussian"], prior="standard"),
+    ],
+    ids=["vae", "two", "two with a prior without params"],
+)
+def test_every_use_of_the_decoder_works_in_other_precisions(build, precision, loader, tmp_path):
+    model, run = build(), trainer(tmp_path, precision=precision)
+    run.fit(model, loader, loader)
+    assert run.callback_metrics["val/elbo"].isfinite()
+    assert model.reconstruct(torch.zeros(2, 1, 8, 8, dtype=model.dtype)).isfinite().all()
+    assert model.generate(2).isfinite().all()
+
+
 def test_odd_image_sizes_go_through_the_convolutional_nets():
     model = VAE("gaussian", {"latent_dim": 4}, encoder="conv", decoder="conv", data_shape=(3, 7, 10))
     assert model.generate(2).shape == (2, 3, 7, 10)
