@@ -189,6 +189,8 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         VAE("gaussian", {"latent_dim": 4}, encoder=images)
     with pytest.raises(ValueError, match=r"needed a decoder of z \[2, 4\].*layer.out_features inputs"):
         VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(5, 64))
+    with pytest.raises(ValueError, match=r"needed a closed-form KL.*none for family 'flow'.*set free_bits=0"):
+        VAE("flow", {"latent_dim": 4}, objective={"name": "elbo", "free_bits": 0.1})
     with pytest.raises(ValueError, match=r"got \[2, 64\]; end it with nn.Unflatten\(1, \(1, 8, 8\)\)"):
         VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(4, 64))
     with pytest.raises(ValueError, match="did you mean 'standard'"):
