@@ -207,6 +207,23 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         VAE("gaussian", iwae_samples={"train": 5})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_shape": ()}, r"needed data_shape as the sizes of one example.*got \(\)"),
+        ({"data_shape": 64}, "needed data_shape as the sizes of one example.*got 64"),
+        ({"data_shape": (1, 8.0, 8)}, "needed data_shape as the sizes of one example"),
+        ({"data_shape": (1, 0, 8)}, "needed data_shape as the sizes of one example"),
+        ({"optimizer": "adam"}, "needed a function of parameter groups as optimizer, got 'adam'"),
+        ({"iwae_samples": {"val": -1}}, r"needed iwae_samples\['val'\] >= 0, got -1; 0 is none"),
+        ({"iwae_samples": {"test": 2.5}}, r"needed iwae_samples\['test'\] >= 0, got 2.5"),
+    ],
+)
+def test_options_out_of_range_are_found_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        VAE("gaussian", {"latent_dim": 4}, **options)
+
+
 def test_the_optimizer_is_one_and_gives_the_layers_parameters_their_own_rate():
     model = VAE("reinforce", {"baseline": "learned"}, lr=1e-3, baseline_lr=1e-2)
     optimizer = model.configure_optimizers()
