@@ -108,7 +108,7 @@ def certificate_table(certificates: Sequence[Certificate]) -> Table:
     """The certificates, one row each, for the terminal."""
     table = Table(title="certificates")
     for column in COLUMNS:
-        table.add_column(column, no_wrap=column in ("layer", "result"))
+        table.add_column(column, no_wrap=column in ("layer", "result"), overflow="fold")
     for certificate in certificates:
         table.add_row(*_row(certificate), style=None if certificate.passed else "red")
     return table
