@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -26,7 +27,7 @@ from lightning_modules.ranks import check_equal_batches, check_strategy, mean_ov
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics
-from stochastic_layers.options import check_positive
+from stochastic_layers.options import check_positive, check_positive_int
 
 __all__ = [
     "LatentVariableModel",
@@ -76,7 +77,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         super().__init__()
         options = dict(
             parts,
-            data_shape=tuple(data_shape),
+            data_shape=_sizes(data_shape),
             likelihood=likelihood,
             objective=objective,
             lr=lr,
@@ -85,16 +86,20 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             iwae_samples=iwae_samples,
         )
         self.save_hyperparameters(plain_options(type(self).__name__, options))
-        self.data_shape = tuple(data_shape)
+        self.data_shape = _sizes(data_shape)
         self.likelihood = build_likelihood(likelihood)
         self.likelihood.event_dims = len(self.data_shape)
         self.objective = build_objective(objective)
         self.lr = check_positive("lr", lr, or_zero=True)
         self.baseline_lr = None if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
+        if not callable(optimizer or fused_adam):
+            raise ValueError(f"needed a function of parameter groups as optimizer, got {optimizer!r}; give a partial.")
         self.make_optimizer = optimizer or fused_adam
         self.iwae_samples = dict(iwae_samples or {})
         if unknown := set(self.iwae_samples) - {"val", "test"}:
             raise ValueError(f"needed the stages 'val' and 'test' in iwae_samples, got {sorted(unknown)}.")
+        for stage, draws in self.iwae_samples.items():
+            check_positive_int(f"iwae_samples[{stage!r}]", draws, "0 is none", least=0)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -282,6 +287,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer.global_step == 0:
+            self.best_elbo = -math.inf  # of this run, not of an earlier one; a checkpoint is read after this
         check_strategy(self.trainer.strategy)
         # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
         self.trainer.precision_plugin.convert_module(self)
@@ -350,6 +357,19 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         callbacks = cast(Any, self.trainer).callbacks
         monitored = any(isinstance(c, GradientVarianceMonitor) for c in callbacks)
         return [*own_noise(self.trainer), *([] if monitored else [GradientVarianceMonitor()])]
+
+
+def _sizes(data_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one example as a tuple of plain integers."""
+    try:
+        sizes = tuple(index(size) for size in data_shape)
+    except TypeError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise ValueError(
+            f"needed data_shape as the sizes of one example without the batch, such as (1, 28, 28), got {data_shape!r}."
+        )
+    return sizes
 
 
 def own_noise(trainer: Trainer) -> list[Callback]:

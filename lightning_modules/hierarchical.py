@@ -193,18 +193,18 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         return params
 
     def decode(self, z: Tensor) -> Tensor:
-        return _on_rows(self.decoder, z)
+        return self._on_rows(self.decoder, z)
 
     def _log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         return self.likelihood.log_prob(at_least_float32(self.decode(z)), x)
 
     def _above(self, level: int, z: Tensor) -> Tensor:
         """Params of q of the layer above ``level``, from its draws."""
-        return _on_rows(self.upwards[level], z)
+        return self._on_rows(self.upwards[level], z)
 
     def _conditional(self, level: int, above: Tensor) -> Distribution:
         """p(z of ``level`` | z above)."""
-        return self.stochastic_layers[level].distribution(_on_rows(self.downwards[level], above))
+        return self.stochastic_layers[level].distribution(self._on_rows(self.downwards[level], above))
 
     def terms(self, x: Tensor, params: Tensor | None = None) -> HierarchicalTerms:
         layers = self.stochastic_layers
@@ -269,8 +269,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
             z = layers[level].family.sample(self._conditional(level, z), 1).squeeze(0)
         return self.likelihood.mean(self.decode(z))
 
-
-def _on_rows(network: nn.Module, z: Tensor) -> Tensor:
-    """A network of rows ``[N, F]`` on ``[..., F]``."""
-    output: Tensor = network(z.reshape(-1, z.shape[-1]))
-    return output.reshape(*z.shape[:-1], *output.shape[1:])
+    def _on_rows(self, network: nn.Module, z: Tensor) -> Tensor:
+        """A network of rows ``[N, F]`` on ``[..., F]``."""
+        output: Tensor = network(z.reshape(-1, z.shape[-1]).to(self.dtype))  # laws draw in float32 at least
+        return output.reshape(*z.shape[:-1], *output.shape[1:])

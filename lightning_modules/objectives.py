@@ -130,10 +130,5 @@ class ELBO(Objective):
         cost = -terms.log_likelihood
         if terms.kl is None:
             assert terms.log_q is not None and terms.log_prior is not None
-            if self.free_bits:
-                raise ValueError(
-                    "needed a closed-form KL per latent variable for free_bits, got a prior without one; set "
-                    "free_bits=0 or use prior='standard'."
-                )
             return terms.sample.surrogate(cost + weight * (terms.log_q - terms.log_prior))
         return terms.sample.surrogate(cost) + self.kl_term(terms.kl, weight)

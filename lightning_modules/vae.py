@@ -15,7 +15,7 @@ from lightning_modules.base import LatentVariableModel, at_least_float32
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
-from lightning_modules.objectives import Objective, Terms
+from lightning_modules.objectives import ELBO, Objective, Terms
 from lightning_modules.priors import Prior, kl_is_known, kl_per_latent
 from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics, preserved
@@ -107,6 +107,11 @@ class VAE(LatentVariableModel[Terms]):
         self.encoder = build_encoder(encoder, self.data_shape, self.layer.in_features)
         self.decoder = build_decoder(decoder, self.layer.out_features, self.output_shape)
         self.kl_method = self._dry_run()
+        if isinstance(self.objective, ELBO) and self.objective.free_bits and self.kl_method != "analytic":
+            raise ValueError(
+                f"needed a closed-form KL per latent variable for free_bits, got none for family "
+                f"{self.layer.family.name!r} with the prior {type(self.prior).__name__}; set free_bits=0."
+            )
         self.evaluations = evaluations(self.layer, self.latent_shape, self._num_kl_terms, self.iwae_samples)
 
     @property
@@ -146,7 +151,7 @@ class VAE(LatentVariableModel[Terms]):
         """z ``[..., *positions, layer.out_features]`` -> decoder outputs ``[..., outputs_per_value * C, ...]``."""
         positions = len(self.latent_shape)
         lead = z.shape[: z.dim() - 1 - positions]
-        flat = z.reshape(-1, *z.shape[z.dim() - 1 - positions :])
+        flat = z.reshape(-1, *z.shape[z.dim() - 1 - positions :]).to(self.dtype)  # laws draw in float32 at least
         output: Tensor = self.decoder(flat.movedim(-1, 1) if positions else flat)
         return output.reshape(*lead, *output.shape[1:])
 

@@ -43,6 +43,13 @@ def test_certify_prints_a_row_and_succeeds(capsys):
     assert "straight_through" in out and "passed" in out
 
 
+def test_a_narrow_terminal_loses_no_letters(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert certify.main(["vq", "--quick"]) == 0
+    text = capsys.readouterr().out
+    assert "vq" in text and "…" not in text
+
+
 def test_certify_fails_with_a_nonzero_status_and_says_what_failed(broken_layer, capsys):
     assert run(broken_layer) == 1
     out = capsys.readouterr().out

@@ -262,6 +262,12 @@ def test_the_best_elbo_is_logged_and_survives_a_restart(tmp_path):
     assert rest == seen[6:]
     whole.validate(whole.lightning_module, loader(), verbose=False)
     assert "val/elbo_best" not in whole.callback_metrics
+    whole.lightning_module.best_elbo = 0.0  # of a run before, perhaps on other data
+    another = trainer(tmp_path, max_epochs=1)
+    another.fit(whole.lightning_module, loader(), loader())
+    assert float(another.callback_metrics["val/elbo_best"]) == pytest.approx(
+        float(another.callback_metrics["val/elbo"])
+    )
 
 
 def test_evaluation_logs_active_units_and_perplexity(tmp_path):

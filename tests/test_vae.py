@@ -115,6 +115,24 @@ def test_likelihoods_and_networks_fit_together(likelihood, network, loader, tmp_
     assert model.generate(3).shape == model.reconstruct(torch.zeros(3, 1, 8, 8)).shape == (3, 1, 8, 8)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: VAE("gaussian", iwae_samples={"val": 5}),
+        lambda: HierarchicalVAE(["disarm", "gaussian"], iwae_samples={"val": 5}),
+        lambda: HierarchicalVAE(["disarm", "gaussian"], prior="standard"),
+    ],
+    ids=["vae", "two", "two with a prior without params"],
+)
+def test_every_use_of_the_decoder_works_in_other_precisions(build, precision, loader, tmp_path):
+    model, run = build(), trainer(tmp_path, precision=precision)
+    run.fit(model, loader, loader)
+    assert run.callback_metrics["val/elbo"].isfinite()
+    assert model.reconstruct(torch.zeros(2, 1, 8, 8, dtype=model.dtype)).isfinite().all()
+    assert model.generate(2).isfinite().all()
+
+
 def test_odd_image_sizes_go_through_the_convolutional_nets():
     model = VAE("gaussian", {"latent_dim": 4}, encoder="conv", decoder="conv", data_shape=(3, 7, 10))
     assert model.generate(2).shape == (2, 3, 7, 10)
@@ -171,6 +189,8 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         VAE("gaussian", {"latent_dim": 4}, encoder=images)
     with pytest.raises(ValueError, match=r"needed a decoder of z \[2, 4\].*layer.out_features inputs"):
         VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(5, 64))
+    with pytest.raises(ValueError, match=r"needed a closed-form KL.*none for family 'flow'.*set free_bits=0"):
+        VAE("flow", {"latent_dim": 4}, objective={"name": "elbo", "free_bits": 0.1})
     with pytest.raises(ValueError, match=r"got \[2, 64\]; end it with nn.Unflatten\(1, \(1, 8, 8\)\)"):
         VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(4, 64))
     with pytest.raises(ValueError, match="did you mean 'standard'"):
@@ -185,6 +205,23 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         VAE(sl.create("gaussian", latent_dim=2), {"latent_dim": 3})
     with pytest.raises(ValueError, match="'val' and 'test' in iwae_samples"):
         VAE("gaussian", iwae_samples={"train": 5})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_shape": ()}, r"needed data_shape as the sizes of one example.*got \(\)"),
+        ({"data_shape": 64}, "needed data_shape as the sizes of one example.*got 64"),
+        ({"data_shape": (1, 8.0, 8)}, "needed data_shape as the sizes of one example"),
+        ({"data_shape": (1, 0, 8)}, "needed data_shape as the sizes of one example"),
+        ({"optimizer": "adam"}, "needed a function of parameter groups as optimizer, got 'adam'"),
+        ({"iwae_samples": {"val": -1}}, r"needed iwae_samples\['val'\] >= 0, got -1; 0 is none"),
+        ({"iwae_samples": {"test": 2.5}}, r"needed iwae_samples\['test'\] >= 0, got 2.5"),
+    ],
+)
+def test_options_out_of_range_are_found_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        VAE("gaussian", {"latent_dim": 4}, **options)
 
 
 def test_the_optimizer_is_one_and_gives_the_layers_parameters_their_own_rate():
