@@ -165,7 +165,13 @@ def interrupted(number, *, wait_for):
     """Start a sweep in a process of its own, send it a signal when so many trials have started; its exit status."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lightning_modules.cli", "sweep", "sweep.yaml", "--workers", "2"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     try:
         deadline = time.monotonic() + 120
         while not (Path("started.txt").exists() and len(started()) >= wait_for):
