@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import index
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.build import build_likelihood, build_objective
 from lightning_modules.evaluation import Evaluation, evaluation_loader, unpadded
-from lightning_modules.hyperparameters import plain_options
+from lightning_modules.hyperparameters import example_shape, plain_options
 from lightning_modules.likelihoods import Likelihood
 from lightning_modules.metrics import importance_statistics
 from lightning_modules.noise import ReproducibleNoise
@@ -75,9 +74,10 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         **parts: Any,
     ) -> None:
         super().__init__()
+        self.data_shape = example_shape(data_shape)
         options = dict(
             parts,
-            data_shape=_sizes(data_shape),
+            data_shape=self.data_shape,
             likelihood=likelihood,
             objective=objective,
             lr=lr,
@@ -86,7 +86,6 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             iwae_samples=iwae_samples,
         )
         self.save_hyperparameters(plain_options(type(self).__name__, options))
-        self.data_shape = _sizes(data_shape)
         self.likelihood = build_likelihood(likelihood)
         self.likelihood.event_dims = len(self.data_shape)
         self.objective = build_objective(objective)
@@ -357,19 +356,6 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         callbacks = cast(Any, self.trainer).callbacks
         monitored = any(isinstance(c, GradientVarianceMonitor) for c in callbacks)
         return [*own_noise(self.trainer), *([] if monitored else [GradientVarianceMonitor()])]
-
-
-def _sizes(data_shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of one example as a tuple of plain integers."""
-    try:
-        sizes = tuple(index(size) for size in data_shape)
-    except TypeError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise ValueError(
-            f"needed data_shape as the sizes of one example without the batch, such as (1, 28, 28), got {data_shape!r}."
-        )
-    return sizes
 
 
 def own_noise(trainer: Trainer) -> list[Callback]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -71,6 +71,9 @@ OWN = {
 }
 
 
+LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc", "registry")  # what the Trainer finds by a word
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes the whole configuration into the run's folder, and once into the W&B run."""
 
@@ -124,6 +127,25 @@ class CLI(LightningCLI):
         path = config.get("ckpt_path")
         if path and Path(path).is_file():
             read_checkpoint(path)  # before anything in it is used
+        elif path and path not in LIGHTNINGS_CHECKPOINTS and ":" not in path:
+            raise ValueError(f"needed a checkpoint as ckpt_path, got {path!r}, which is no file.")
+        self.words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+
+    def _parse_ckpt_path(self) -> None:
+        """The model is the checkpoint's; Lightning would take it in the place of other options without a word."""
+        command = self.config.get("subcommand")
+        if not command:
+            return
+        asked = self.config[command].model
+        super()._parse_ckpt_path()
+        got = self.config[command].model
+        for word in self.words:
+            name = word.partition("=")[0].removeprefix("--model.").partition(".")[0]
+            if word.startswith("--model.") and not _within(asked.get(name), got.get(name)):
+                raise ValueError(
+                    f"needed the options of the checkpoint's model, got model.{name} = {asked.get(name)!r}, where it "
+                    f"has {got.get(name)!r}; leave the option out, or train a new model without --ckpt_path."
+                )
 
     def before_instantiate_classes(self) -> None:
         """Resolve ``--model.likelihood auto``: bernoulli for binarized data, else a law over the data's grey levels."""
@@ -175,6 +197,13 @@ class CLI(LightningCLI):
                 console.print(f"picture: {file}")
             if path:
                 console.print(f"best weights: {Path(path)}")
+
+
+def _within(asked: Any, got: Any) -> bool:
+    """Whether all that was asked for is there; mappings may hold more."""
+    if isinstance(asked, (Mapping, Namespace)) and isinstance(got, (Mapping, Namespace)):
+        return all(_within(value, got.get(name)) for name, value in dict(asked.items()).items())
+    return bool(asked == got)
 
 
 def require_groups(config: Namespace) -> None:

@@ -1,11 +1,12 @@
-"""The arguments of a model as plain data, which a checkpoint can hold."""
+"""The arguments of a model, checked, and as plain data, which a checkpoint can hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
-__all__ = ["plain_options"]
+__all__ = ["example_shape", "plain_options"]
 
 _OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
 
@@ -39,3 +40,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, (str, bool, int, float)) else _OBJECT
+
+
+def example_shape(data_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one example as a tuple of plain integers.
+
+    Raises:
+        ValueError: It is no sequence of positive integers.
+    """
+    try:
+        sizes = tuple(index(size) for size in data_shape)
+    except TypeError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise ValueError(
+            f"needed data_shape as the sizes of one example without the batch, such as (1, 28, 28), got {data_shape!r}."
+        )
+    return sizes

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_modules.ranks import row_mean
 from stochastic_layers import Sample, StochasticLayer
+from stochastic_layers.baselines import mean_over_all_ranks
 
 __all__ = ["ELBO", "Objective", "Terms"]
 
@@ -122,7 +122,8 @@ class ELBO(Objective):
     def kl_term(self, kl: Tensor, weight: float) -> Tensor:
         """The weighted KL of the loss ``[B]`` of a closed-form KL ``[B, L]``."""
         if self.free_bits:  # a latent variable below them counts with them, and has no gradient
-            kl = kl.where(row_mean(kl) >= self.free_bits, self.free_bits)
+            mean, _ = mean_over_all_ranks(kl)
+            kl = kl.where(mean >= self.free_bits, self.free_bits)
         return weight * kl.sum(-1)
 
     def loss(self, terms: Terms, step: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
-__all__ = ["check_equal_batches", "check_strategy", "mean_over_ranks", "row_mean"]
+__all__ = ["check_equal_batches", "check_strategy", "mean_over_ranks"]
 
 SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
@@ -30,20 +30,6 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     rows = torch.full((), float(len(values)), device=values.device)
     dist.all_reduce(rows)
     return values.sum() * (dist.get_world_size() / rows)
-
-
-def row_mean(values: Tensor) -> Tensor:
-    """The mean over the rows of all ranks ``[...]`` of ``[n_r, ...]``, without gradient.
-
-    Args:
-        values: One row per example of this rank.
-    """
-    values = values.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return values.mean(0)
-    sums = torch.cat([values.sum(0).flatten(), values.new_tensor([len(values)])])
-    dist.all_reduce(sums)
-    return (sums[:-1] / sums[-1]).view(values.shape[1:])
 
 
 def check_equal_batches(num_batches: int | float, device: torch.device) -> None:

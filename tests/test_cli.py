@@ -104,6 +104,25 @@ def test_test_and_predict_take_a_checkpoint(run, capsys):
     assert "test/elbo" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_options_that_a_checkpoint_would_override_are_refused(run, tmp_path):
+    model = ["--model.layer", "reinforce", "--model.layer_options.num_samples", 2, "--model.lr=0.002"]
+    run("fit", *model, *TINY, *QUIET)
+    start = ["--ckpt_path", tmp_path / "runs/version_0/checkpoints/last.ckpt", *QUIET, *TINY]
+    for option, message in (
+        ("--model.lr=0.5", r"got model.lr = 0.5, where it has 0.002"),
+        ("--model.layer=reinmax", "got model.layer = 'reinmax', where it has 'reinforce'"),
+        ("--model.layer_options.num_samples=3", "got model.layer_options = "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run("fit", *start, option)
+        assert message in str(stop.value.code)
+    run("fit", *start, *model, "--trainer.max_epochs=2")  # the same ones are none
+    with pytest.raises(SystemExit) as stop:
+        run("test", "--ckpt_path", "nowhere.ckpt")
+    assert "needed a checkpoint as ckpt_path, got 'nowhere.ckpt', which is no file" in str(stop.value.code)
+
+
 def test_early_stopping_by_patience(run, tmp_path):
     run("fit", "--patience=1", "--model.lr=0", *TINY, *QUIET, "--trainer.max_epochs=6")
     assert len(history(tmp_path / "runs/version_0")["val/elbo"]) == 2

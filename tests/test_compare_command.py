@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import heed_interrupts
 from small_comparison import SMALL
 
 from lightning_modules import Comparison, compare
@@ -85,7 +86,7 @@ def test_an_interrupted_comparison_resumes_and_loses_no_finished_run(tmp_path, h
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        preexec_fn=heed_interrupts,
     )
     runs = tmp_path / "runs" / "compare" / "runs"
     deadline = time.monotonic() + 600

@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from one_step import check_config, one_step
+from processes import heed_interrupts
 from quiet_trainer import quiet_trainer
 
 from lightning_modules import VAE
@@ -165,13 +166,8 @@ def interrupted(number, *, wait_for):
     """Start a sweep in a process of its own, send it a signal when so many trials have started; its exit status."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lightning_modules.cli", "sweep", "sweep.yaml", "--workers", "2"]
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, **quiet, preexec_fn=heed_interrupts)
     try:
         deadline = time.monotonic() + 120
         while not (Path("started.txt").exists() and len(started()) >= wait_for):
