@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -24,6 +24,7 @@ from lightning_modules.callbacks import CollapseWarning, Pictures, Report
 from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.data import ImageDataModule
+from lightning_modules.resuming import check_agreement, check_weights, newest_best, options_of_data, options_of_model
 from lightning_modules.sweeps import TrialRecord
 from lightning_modules.untrusted import read_checkpoint, restrict_imports
 from lightning_modules.vae import VAE
@@ -71,6 +72,7 @@ OWN = {
 }
 
 
+EVALUATIONS = ("validate", "test", "predict")
 LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc", "registry")  # what the Trainer finds by a word
 
 
@@ -125,27 +127,34 @@ class CLI(LightningCLI):
         config = self.config[subcommand] if subcommand else self.config
         require_groups(config)
         path = config.get("ckpt_path")
+        self.checkpoint: dict[str, Any] = {}
         if path and Path(path).is_file():
-            read_checkpoint(path)  # before anything in it is used
-        elif path and path not in LIGHTNINGS_CHECKPOINTS and ":" not in path:
-            raise ValueError(f"needed a checkpoint as ckpt_path, got {path!r}, which is no file.")
-        self.words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+            self.checkpoint = read_checkpoint(path)  # before anything in it is used
+        elif path and (subcommand in EVALUATIONS or path not in LIGHTNINGS_CHECKPOINTS) and ":" not in path:
+            raise ValueError(f"needed a checkpoint as ckpt_path, got {path!r}, which is no file.{_suggestion(config)}")
+        elif not path and subcommand in EVALUATIONS:
+            raise ValueError(
+                f"needed the weights to {subcommand} as --ckpt_path=FILE, got none, which would be those of an "
+                f"untrained model.{_suggestion(config)}"
+            )
+        if self.checkpoint and subcommand:
+            words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+            self.names_data = names_data(words)
+            # the class of the data is required, and not stated where it is a default
+            words.insert(words.index(subcommand) + 1, f"--data={config.data.class_path}")
+            self.asked = parser.parse_args(words, defaults=False)[subcommand]
 
     def _parse_ckpt_path(self) -> None:
         """The model is the checkpoint's; Lightning would take it in the place of other options without a word."""
         command = self.config.get("subcommand")
-        if not command:
+        if not command or not self.checkpoint:
             return
-        asked = self.config[command].model
-        super()._parse_ckpt_path()
-        got = self.config[command].model
-        for word in self.words:
-            name = word.partition("=")[0].removeprefix("--model.").partition(".")[0]
-            if word.startswith("--model.") and not _within(asked.get(name), got.get(name)):
-                raise ValueError(
-                    f"needed the options of the checkpoint's model, got model.{name} = {asked.get(name)!r}, where it "
-                    f"has {got.get(name)!r}; leave the option out, or train a new model without --ckpt_path."
-                )
+        path, asked = self.config[command].ckpt_path, self.asked.get("model") or {}
+        given = {"model": options_of_model(path, self.checkpoint["hyper_parameters"], asked, VAE)}
+        if not self.names_data and (data := options_of_data(path, self.checkpoint)):
+            given["data"] = data | {"init_args": data["init_args"] | dict(self.asked.data.get("init_args") or {})}
+        self.config = self.parser.parse_object({command: given}, self.config)
+        check_agreement(asked, self.config[command].model)
 
     def before_instantiate_classes(self) -> None:
         """Resolve ``--model.likelihood auto``: bernoulli for binarized data, else a law over the data's grey levels."""
@@ -163,6 +172,9 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        if self.checkpoint:
+            check_weights(self._get(self.config, "ckpt_path"), self.model, self.checkpoint["state_dict"])
+            self.checkpoint = {}  # the Trainer reads it again; memory for two is not held
         for part in (self.model, self.datamodule):
             # SaveConfig writes the whole configuration, once; Lightning would add parts of it under other names
             cast(Any, part)._log_hyperparams = False
@@ -199,11 +211,12 @@ class CLI(LightningCLI):
                 console.print(f"best weights: {Path(path)}")
 
 
-def _within(asked: Any, got: Any) -> bool:
-    """Whether all that was asked for is there; mappings may hold more."""
-    if isinstance(asked, (Mapping, Namespace)) and isinstance(got, (Mapping, Namespace)):
-        return all(_within(value, got.get(name)) for name, value in dict(asked.items()).items())
-    return bool(asked == got)
+def _suggestion(config: Namespace) -> str:
+    """The best weights of the newest run in the logger's folder, if there are any."""
+    logger = config.trainer.get("logger")
+    options = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
+    found = newest_best(options.get("save_dir") or ".")
+    return f" The newest best weights here are {found}." if found else " `stochastic-layers fit` makes one."
 
 
 def require_groups(config: Namespace) -> None:

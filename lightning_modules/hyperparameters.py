@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
-__all__ = ["example_shape", "plain_options"]
+__all__ = ["example_shape", "is_marked", "plain_options"]
 
 _OBJECT = "<object>"  # stands in the saved hyperparameters for an argument that was an object
 
@@ -18,7 +18,7 @@ def plain_options(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: An argument is such a mark: a checkpoint was loaded without the object.
     """
     for name, value in options.items():
-        if _is_marked(value):
+        if is_marked(value):
             raise ValueError(
                 f"needed {name}=..., got a checkpoint of a model whose {name} was or held an object, which checkpoints "
                 f"do not keep; pass the same object: {owner}.load_from_checkpoint(path, {name}=...)."
@@ -26,11 +26,12 @@ def plain_options(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(value) for name, value in options.items()}
 
 
-def _is_marked(value: Any) -> bool:
+def is_marked(value: Any) -> bool:
+    """Whether a saved argument was or held an object."""
     if isinstance(value, Mapping):
-        return any(_is_marked(v) for v in value.values())
+        return any(is_marked(v) for v in value.values())
     if isinstance(value, (list, tuple)):
-        return any(_is_marked(v) for v in value)
+        return any(is_marked(v) for v in value)
     return isinstance(value, str) and value == _OBJECT
 
 

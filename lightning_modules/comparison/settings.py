@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_modules.build import layer_spec
 from lightning_modules.cli import CLI, names_data
 from lightning_modules.data import ImageDataModule
+from lightning_modules.resuming import options_of_data
 from lightning_modules.untrusted import read_checkpoint
 from lightning_modules.vae import VAE
 
@@ -95,7 +96,8 @@ def parse(config: str | Path | Mapping[str, Any] | None = None, args: Sequence[s
         words += ["--seed_everything=false"]
         checkpoint = _checkpoint_path(words)
         if checkpoint is not None:
-            words = ["--config", str(_written(_options_of(checkpoint), Path(folder) / "checkpoint.yaml")), *words]
+            options = _options_of(checkpoint, names_data(words))
+            words = ["--config", str(_written(options, Path(folder) / "checkpoint.yaml")), *words]
         return Parsed(words, {"logger": False, "enable_checkpointing": False}, default_data=not names_data(words))
 
 
@@ -113,15 +115,13 @@ def _checkpoint_path(words: Sequence[str]) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _options_of(checkpoint: Path) -> dict[str, Any]:
+def _options_of(checkpoint: Path, other_data: bool) -> dict[str, Any]:
     """The arguments of model and data in a checkpoint, in the form of a configuration."""
     state = read_checkpoint(checkpoint)
     given = {key: value for key, value in state["hyper_parameters"].items() if value is not None}
     options: dict[str, Any] = {"model": {k: v for k, v in given.items() if k not in ("data_shape", "_instantiator")}}
-    data = dict(state.get("datamodule_hyper_parameters") or {})
-    if class_path := data.pop("_class_path", None):
-        data.pop("_instantiator", None)
-        options["data"] = {"class_path": class_path, "init_args": data}
+    if data := options_of_data(checkpoint, state, needed=not other_data):
+        options["data"] = data
     return options
 
 
