@@ -136,12 +136,17 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         """Refuse a batch that is not ``[B, *data_shape]``.
 
         Raises:
-            ValueError: It has another shape, holds integers, or is no tensor.
+            ValueError: It has another shape, is of another precision, holds integers, or is no tensor.
         """
         if not isinstance(x, Tensor):
             raise ValueError(f"needed batches x or (x, ...), got {type(x).__name__}; give the loader a collate_fn.")
         if not x.is_floating_point():
             raise ValueError(f"needed floating-point data, got {x.dtype}; convert them, x.float() or x.float() / 255.")
+        if (x.dtype == torch.float64) != (self.dtype == torch.float64):
+            raise ValueError(
+                f"needed data in the precision of the model, {self.dtype}, got {x.dtype}; convert them, x.to("
+                f"{self.dtype}), or set the Trainer's precision: 64-true takes the model to float64."
+            )
         if x.shape[1:] != self.data_shape:
             raise ValueError(
                 f"needed data [N, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}; build the model with "
@@ -338,7 +343,9 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Latent codes: the mode of q of the first layer, ``[B, *positions, out_features]``."""
-        return self.stochastic_layers[0].mode(self.encode(data_of(batch)))
+        x = data_of(batch)
+        self.check_data(x)
+        return self.stochastic_layers[0].mode(self.encode(x))
 
     def configure_optimizers(self) -> Optimizer:
         own = [p for layer in self.stochastic_layers for p in layer.parameters()]

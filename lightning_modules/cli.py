@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,13 +27,16 @@ from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.data import ImageDataModule
 from lightning_modules.resuming import check_agreement, check_weights, newest_best, options_of_data, options_of_model
 from lightning_modules.sweeps import TrialRecord
+from lightning_modules.terminal import sentence
 from lightning_modules.untrusted import read_checkpoint, restrict_imports
 from lightning_modules.vae import VAE
+from lightning_modules.whole_files import make_folder, whole_file
 from stochastic_layers.registry import nearest
 
 __all__ = ["CLI", "main"]
 
 DEFAULT_DATA = {"data": {"class_path": "lightning_modules.data.Digits"}}
+RUNS = "runs"  # below default_root_dir
 DEFAULTS = {
     "model.likelihood": "auto",
     "model.iwae_samples": {"test": 100},
@@ -41,7 +45,7 @@ DEFAULTS = {
     "trainer.accelerator": "auto",
     "trainer.logger": {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": "runs", "name": ""},
+        "init_args": {"save_dir": RUNS, "name": ""},
     },
     "checkpoint.monitor": "val/elbo",
     "checkpoint.mode": "max",
@@ -72,6 +76,7 @@ OWN = {
 }
 
 
+TRACEBACK_VARIABLE = "STOCHASTIC_LAYERS_TRACEBACK"
 EVALUATIONS = ("validate", "test", "predict")
 LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc", "registry")  # what the Trainer finds by a word
 
@@ -80,9 +85,12 @@ class SaveConfig(SaveConfigCallback):
     """Writes the whole configuration into the run's folder, and once into the W&B run."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True, multifile=self.multifile)
+        with whole_file(run_folder(trainer) / "config.yaml") as partial:
+            self.parser.save(self.config, str(partial), overwrite=True, multifile=self.multifile)
+        for callback in trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if stage == "fit" and folder and "://" not in str(folder):
+                make_folder(Path(folder))  # or fail now, not after the first epoch
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 layers = [layer.name for layer in getattr(pl_module, "stochastic_layers", [])]
@@ -166,8 +174,12 @@ class CLI(LightningCLI):
                 config.likelihood = {"name": "discretized_logistic", "num_levels": levels + 1}
             else:
                 config.likelihood = "bernoulli"
-        logger = self._get(self.config, "trainer").logger
-        if getattr(logger, "class_path", "").endswith("WandbLogger") and logger.init_args.get("name") == "":
+        trainer = self._get(self.config, "trainer")
+        if not isinstance(logger := trainer.logger, Namespace):
+            return
+        if trainer.default_root_dir and logger.init_args.get("save_dir") == RUNS:
+            logger.init_args.save_dir = os.path.join(trainer.default_root_dir, RUNS)
+        if logger.class_path.endswith("WandbLogger") and logger.init_args.get("name") == "":
             logger.init_args.name = None  # what the default logger leaves behind; W&B finds a name of its own
 
     def instantiate_classes(self) -> None:
@@ -295,8 +307,15 @@ def main(args: list[str] | None = None) -> None:
                 parser_kwargs={"prog": "stochastic-layers"},
                 args=args,
             )
-    except (ValueError, MisconfigurationException) as error:
-        sys.exit(f"stochastic-layers: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough: `stochastic-layers list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it closes it
+        sys.exit(1)
+    except (ValueError, MisconfigurationException, OSError, ModuleNotFoundError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("0", ""):
+            raise
+        sys.exit(f"stochastic-layers: {sentence(error)}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""What the commands share: tables that are wider than the terminal, and being ended from outside."""
+"""What the commands share: tables that are wider than the terminal, being ended from outside, errors as a sentence."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import ENOSPC
 from types import FrameType
 
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-__all__ = ["InParts", "interruptible"]
+__all__ = ["InParts", "interruptible", "sentence"]
 
 
 @contextmanager
@@ -26,6 +27,22 @@ def interruptible() -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, and what to do about it, where Python's own words say too little."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"needed a package that is not installed ({error}); install it: pip install {error.name or 'NAME'}."
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"needed to read or write {error.filename}, got {error.strerror!r}; give another path (where files go is "
+            "said by --trainer.default_root_dir, --checkpoint.dirpath, --folder), or make room or rights for this one."
+        )
+    if isinstance(error, OSError) and error.errno == ENOSPC and not str(error.strerror).startswith("needed"):
+        return f"needed room on the disk, got {error.strerror!r}; make room, and give the command again."
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
 
 
 class InParts:

@@ -36,8 +36,12 @@ def check_positive(name: str, value: float, advice: str = "", *, or_zero: bool =
     Raises:
         ValueError: It is not.
     """
-    if not (0 < float(value) < math.inf or (or_zero and value == 0)):
-        raise ValueError(f"needed {name} {'>=' if or_zero else '>'} 0, got {value}{'; ' if advice else ''}{advice}.")
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except TypeError:
+        number = math.nan
+    if not (0 < number < math.inf or (or_zero and number == 0)):
+        raise ValueError(f"needed {name} {'>=' if or_zero else '>'} 0, got {value!r}{'; ' if advice else ''}{advice}.")
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lightning_modules.base import LatentVariableModel, data_of, log_interval
 from lightning_modules.callbacks.figures import bit_usage, code_usage, curves, image_grid, latent_units, schedules
 from lightning_modules.callbacks.traversals import interpolations, traversal
 from lightning_modules.objectives import ELBO
+from lightning_modules.whole_files import make_folder, whole_file
 
 __all__ = ["Pictures", "run_folder"]
 
@@ -73,6 +73,10 @@ class Pictures(Callback):
         for key, value in values.items():
             self.history.setdefault(key, []).append((trainer.global_step, value))
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.folder and trainer.is_global_zero:
+            make_folder(Path(self.folder))  # or fail now, not after the training
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._x is None and isinstance(pl_module, LatentVariableModel):  # there is no validation
             self._x = data_of(batch)[:EXAMPLES].detach().clone()
@@ -118,7 +122,6 @@ class Pictures(Callback):
             return
         figures |= self._charts(pl_module)
         folder = (Path(self.folder) if self.folder else run_folder(trainer)) / subfolder
-        folder.mkdir(parents=True, exist_ok=True)
         self.files = []
         for name, figure in figures.items():
             self.files.append(folder / f"{name}.png")
@@ -268,6 +271,5 @@ def _value(point: tuple[int, float]) -> float:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -17,11 +17,12 @@ from rich.console import Console
 from lightning_modules.comparison.plots import draw
 from lightning_modules.comparison.publish import publish
 from lightning_modules.comparison.report import make_reports, reports_package
-from lightning_modules.comparison.result import METRICS, Comparison, sorting, write_text
+from lightning_modules.comparison.result import METRICS, Comparison, sorting
 from lightning_modules.comparison.runner import DEFAULT_STEPS, Budget, compare_parsed
 from lightning_modules.comparison.settings import loggers, parse
 from lightning_modules.comparison.table import markdown_table, notes, rich_table
 from lightning_modules.terminal import InParts, interruptible
+from lightning_modules.whole_files import write_text
 
 __all__ = ["main"]
 

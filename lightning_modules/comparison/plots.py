@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lightning_modules.comparison.result import Comparison
+from lightning_modules.whole_files import whole_file
 
 __all__ = ["draw", "mean_curve", "picture_names", "ratio"]
 
@@ -30,10 +31,10 @@ def draw(comparison: Comparison, folder: Path, sort: str | None = None) -> list[
     figures = [dots(comparison, labels)]
     if comparison.curves:
         figures += [elbo_curves(comparison, labels), variance_curves(comparison, labels)]
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in picture_names(comparison)]
     for path, figure in zip(paths, figures, strict=True):
-        figure.savefig(path, dpi=130)
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=130, format="png")
     return paths
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_modules.comparison.plan import Run
-from lightning_modules.comparison.result import write_text
+from lightning_modules.whole_files import write_text
 
 __all__ = ["run_all"]
 

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import RenderableType
+
+from lightning_modules.whole_files import write_text
 
 __all__ = ["IDENTITY", "METRICS", "Comparison", "Metric", "Summary"]
 
@@ -276,11 +277,3 @@ def _summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Summary:
     spread = {name: statistics.stdev(v) if len(v) > 1 else math.nan for name, v in values.items() if v}
     errors = [row["error"] for row in rows if row["status"] != "ok"]
     return Summary(rows[0], mean, spread, len(good), len(errors), errors[0] if errors else "")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

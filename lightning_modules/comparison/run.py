@@ -20,12 +20,12 @@ import torch
 
 from lightning_modules.callbacks import TemperatureSchedule
 from lightning_modules.comparison.measure import Measurement, held_out
-from lightning_modules.comparison.result import write_text
 from lightning_modules.comparison.settings import Parsed
 from lightning_modules.data.binarize import mix64
 from lightning_modules.scoring import score_layers
 from lightning_modules.untrusted import read_checkpoint
 from lightning_modules.vae import VAE
+from lightning_modules.whole_files import write_text
 from stochastic_layers.preserved import seed_generators
 
 __all__ = ["execute"]

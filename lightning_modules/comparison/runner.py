@@ -15,6 +15,7 @@ from lightning_modules.comparison.plan import Candidate, LayerSpec, Run, candida
 from lightning_modules.comparison.pool import run_all
 from lightning_modules.comparison.result import METRICS, Comparison, Kind
 from lightning_modules.comparison.settings import Parsed, Settings, settings_of
+from lightning_modules.whole_files import make_folder
 
 __all__ = ["Budget", "compare_parsed"]
 
@@ -82,6 +83,7 @@ def compare_parsed(
     if not chosen:
         raise ValueError(f"needed a layer to compare, got none: {refused}.")
 
+    make_folder(folder / "runs")  # or fail now, not after the first run
     folder, own = folder / "runs", parsed.model.layer
     start = _fingerprint(parsed.config.get("ckpt_path"))
     title = title_of(parsed)

@@ -13,8 +13,9 @@ from lightning_modules.sweeps.plan import Plan, find_file, shipped_files
 from lightning_modules.sweeps.ranking import best, rank, ranking_table, short, write_ranking
 from lightning_modules.sweeps.record import Record, read_record
 from lightning_modules.sweeps.runner import Runner
-from lightning_modules.sweeps.state import SweepState, Trial, replace_file
+from lightning_modules.sweeps.state import SweepState, Trial
 from lightning_modules.terminal import InParts, interruptible
+from lightning_modules.whole_files import write_text
 
 __all__ = ["main"]
 
@@ -119,5 +120,5 @@ def _say_where(console: Console, state: SweepState) -> None:
     done = [trial for trial in state.trials if trial.state in ("finished", "stopped")]
     runs = [run for trial in done for run in read_record(state.record(trial)).runs]
     if runs:
-        replace_file(state.folder / "runs.txt", "\n".join(runs) + "\n")
+        write_text(state.folder / "runs.txt", "\n".join(runs) + "\n")
         console.print(f"to upload: xargs wandb sync < {state.folder / 'runs.txt'}", soft_wrap=True, markup=False)

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from lightning_modules.sweeps.plan import Plan
 from lightning_modules.sweeps.record import Record, read_record
-from lightning_modules.sweeps.state import SweepState, Trial, replace_file
+from lightning_modules.sweeps.state import SweepState, Trial
+from lightning_modules.whole_files import write_text
 
 __all__ = ["Row", "best", "rank", "ranking_table", "short", "write_ranking"]
 
@@ -121,7 +122,7 @@ def write_ranking(plan: Plan, state: SweepState, rows: Sequence[Row]) -> None:
         {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(row).items()} for row in rows
     ]
     content = {"sweep": plan.name, "id": state.id, "metric": plan.config["metric"], "ranking": finite}
-    replace_file(state.folder / "ranking.json", json.dumps(content, indent=1))
+    write_text(state.folder / "ranking.json", json.dumps(content, indent=1))
     names = sorted({name for row in rows for name in row.parameters})
     text = io.StringIO()
     writer = csv.writer(text)
@@ -130,4 +131,4 @@ def write_ranking(plan: Plan, state: SweepState, rows: Sequence[Row]) -> None:
         parameters = [short(row.parameters.get(name, "")) for name in names]
         numbers = ["" if plain[key] is None else plain[key] for key in ("value", "deviation", "test")]
         writer.writerow([row.rank or "", *parameters, *numbers, " ".join(row.trials), " ".join(row.states)])
-    replace_file(state.folder / "ranking.csv", text.getvalue())
+    write_text(state.folder / "ranking.csv", text.getvalue())

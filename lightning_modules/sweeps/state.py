@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import string
 from collections.abc import Iterator
@@ -12,7 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SweepState", "Trial", "new_id", "replace_file"]
+from lightning_modules.whole_files import write_text
+
+__all__ = ["SweepState", "Trial", "new_id"]
 
 VERSION = 1
 DONE = ("finished", "stopped")
@@ -92,7 +93,7 @@ class SweepState:
             "config": self.config,
             "trials": [asdict(trial) for trial in self.trials],
         }
-        replace_file(self.folder / "sweep.json", json.dumps(content, indent=1))
+        write_text(self.folder / "sweep.json", json.dumps(content, indent=1))
 
     def record(self, trial: Trial) -> Path:
         """What the trial writes; see :class:`~lightning_modules.sweeps.record.TrialRecord`."""
@@ -128,11 +129,3 @@ class SweepState:
 def new_id() -> str:
     """A random id of eight lower-case letters and digits, as W&B's are."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file beside and give it its name, so that there is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,0 +1,123 @@
+"""What the system refuses (no folder, no room, no package) ends in a sentence, and leaves no half of a file."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from quiet_trainer import quiet_trainer
+from torch.utils.data import DataLoader
+
+import lightning_modules.whole_files as whole_files
+from lightning_modules import VAE
+from lightning_modules.cli import main
+from lightning_modules.whole_files import whole_file, write_text
+from stochastic_layers.options import check_positive
+
+TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--model.iwae_samples={}"]
+FIT = ["fit", *TINY, *QUIET]
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stochastic-layers"])
+    Path("file").touch()
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            main(list(words))
+        return str(stop.value.code)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ([*FIT, "--trainer.default_root_dir=file/x"], "file/x"),
+        ([*FIT, "--trainer.logger.save_dir=file/x"], "file/x"),
+        ([*FIT, "--trainer.logger=false", "--trainer.default_root_dir=file/x"], "file/x"),
+        ([*FIT, "--checkpoint.dirpath=file/x"], "file/x"),
+        ([*FIT, "--pictures.folder=file/x"], "file/x"),
+        (["compare", "--layers", "disarm", "--steps=2", "--folder=file/x", "--trainer.accelerator=cpu"], "file/x/runs"),
+        (["sweep", "layers.yaml", "--folder=file/x"], "file/x"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_trained(refusal, words, place, monkeypatch):
+    monkeypatch.setattr(VAE, "training_step", lambda *_: pytest.fail("trained"))
+    message = refusal(*words)
+    assert message.startswith("stochastic-layers: needed to read or write ") and f"{place}, got" in message
+    assert "Not a directory" in message and "give another path" in message and "\n" not in message
+
+
+def test_a_folder_that_is_there_and_cannot_be_written_is_named_before_a_comparison(refusal, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    Path("there/runs").mkdir(parents=True)
+    monkeypatch.setattr(whole_files.tempfile, "TemporaryFile", refuse)
+    message = refusal("compare", "--layers", "disarm", "--steps=2", "--folder=there", "--trainer.accelerator=cpu")
+    assert "needed to read or write there/runs, got 'Permission denied'" in message
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_picture(refusal, monkeypatch):
+    def fill(self, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Figure, "savefig", fill)
+    message = refusal(*FIT)
+    assert message == "stochastic-layers: needed room on the disk, got 'No space left on device'; make room, and " + (
+        "give the command again."
+    )
+    left = {file.name for file in Path("runs/version_0").iterdir()}
+    assert left == {"checkpoints", "config.yaml", "metrics.csv"}
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    write_text(tmp_path / "new" / "result.json", "old")
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "new" / "result.json") as partial:
+        partial.write_text("ne")
+        raise KeyboardInterrupt
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["result.json"]
+    assert (tmp_path / "new" / "result.json").read_text() == "old"
+
+
+def test_a_missing_package_is_named_and_its_traceback_is_to_be_had(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = refusal(*FIT, "--trainer.logger=WandbLogger")
+    assert "needed a package that is not installed" in message and "wandb" in message and "pip install" in message
+    monkeypatch.setenv("STOCHASTIC_LAYERS_TRACEBACK", "1")
+    with pytest.raises(ModuleNotFoundError):
+        main([*FIT, "--trainer.logger=WandbLogger"])
+
+
+def test_an_interrupted_command_says_nothing_more(refusal, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_modules.catalogue.list_command", interrupt)
+    assert refusal("list") == "130"
+
+
+@pytest.mark.parametrize("value", [None, "fast", "1e-3", float("nan"), float("inf"), -1.0])
+def test_a_learning_rate_is_a_number(value):
+    with pytest.raises(ValueError, match="needed lr >= 0, got"):
+        VAE("gaussian", {"latent_dim": 2}, lr=value)
+    with pytest.raises(ValueError, match="needed it > 0, got 0"):
+        check_positive("it", 0)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The 'predict_dataloader'")
+@pytest.mark.parametrize("stage", ["fit", "predict"])
+def test_data_in_double_precision_are_refused_by_a_model_in_single(stage):
+    loader = DataLoader(torch.rand(4, 1, 8, 8).double().round(), batch_size=2)
+    trainer = quiet_trainer(max_steps=1)
+    with pytest.raises(ValueError, match=r"needed data in the precision of the model, torch.float32, got"):
+        getattr(trainer, stage)(VAE("gaussian", {"latent_dim": 2}), loader)
+    getattr(quiet_trainer(max_steps=1, precision="64-true"), stage)(VAE("gaussian", {"latent_dim": 2}), loader)
