@@ -42,6 +42,9 @@ class GradientVarianceMonitor(Callback):
     With a ``basket`` other estimators are scored on the same state and data, under ``train/grad_variance/<name>`` and
     ``train/grad_snr/<name>``; the model goes on with its own.
 
+    Where all redraws give the same gradient (enumeration, quantizers) its variance is logged as 0, and no ratio: it would
+    be infinite, which W&B keeps as a word.
+
     Nothing is disturbed: weights, noise, baselines and codebooks are the same, bit for bit, with and without a monitor.
     Its own noise depends on (seed, rank, step) only. Measurements run outside DDP and ``torch.compile``, under the
     Trainer's precision, at the first batch of an accumulated step; the moments see the gradient accumulated, averaged
@@ -209,18 +212,19 @@ def _summary(key: str, parts: Sequence[tuple[float, float]], sizes: Sequence[flo
     With ``sizes`` the variances are means over that many coordinates.
     """
     total, sizes = (1.0, [1.0] * len(parts)) if sizes is None else (sum(sizes), sizes)
-    noise, signal = sum(n for n, _ in parts), sum(s for _, s in parts)
-    values = {f"{key}_variance": noise / total, f"{key}_snr": _snr(noise, signal)}
+    values = _pair(key, "", sum(n for n, _ in parts), sum(s for _, s in parts), total)
     if len(parts) > 1:
         for level, ((noise, signal), size) in enumerate(zip(parts, sizes, strict=True), 1):
-            values |= {f"{key}_variance/{level}": noise / size, f"{key}_snr/{level}": _snr(noise, signal)}
+            values |= _pair(key, f"/{level}", noise, signal, size)
     return values
 
 
-def _snr(noise: float, signal: float) -> float:
-    if noise == 0.0:
-        return float("inf") if signal > 0 else 0.0
-    return float((max(signal, 0.0) / noise) ** 0.5)
+def _pair(key: str, suffix: str, noise: float, signal: float, size: float) -> dict[str, float]:
+    """A variance, and the ratio where there is one: loggers make no number of the infinity of a noiseless gradient."""
+    values = {f"{key}_variance{suffix}": noise / size}
+    if noise != 0.0:
+        values[f"{key}_snr{suffix}"] = float((max(signal, 0.0) / noise) ** 0.5)
+    return values
 
 
 def _scale(trainer: Trainer, optimizer: Optimizer) -> float | None:
