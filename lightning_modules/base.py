@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_modules.build import build_likelihood, build_objective
 from lightning_modules.evaluation import Evaluation, evaluation_loader, unpadded
 from lightning_modules.hyperparameters import example_shape, plain_options
-from lightning_modules.likelihoods import Likelihood
+from lightning_modules.likelihoods import Likelihood, at_least_float32
 from lightning_modules.metrics import importance_statistics
 from lightning_modules.noise import ReproducibleNoise
 from lightning_modules.objectives import Objective
@@ -30,7 +30,6 @@ from stochastic_layers.options import check_positive, check_positive_int
 
 __all__ = [
     "LatentVariableModel",
-    "at_least_float32",
     "data_of",
     "fused_adam",
     "log_interval",
@@ -166,6 +165,10 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
     def decode(self, z: Tensor) -> Tensor:
         """z of the first layer ``[..., *positions, out_features]`` -> decoder outputs."""
 
+    def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z) in nats ``[..., B]`` of z ``[..., B, *positions, out_features]``, in float32 at least."""
+        return self.likelihood.log_prob(at_least_float32(self.decode(z)), at_least_float32(x))
+
     @abstractmethod
     def terms(self, x: Tensor, params: Tensor | None = None) -> _Terms:
         """One batch ``[B, *data_shape]`` through the model; ``params`` stand for those of :meth:`encode` if given."""
@@ -226,7 +229,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             num_samples: Number K of draws; the bound rises to log p(x) with it.
         """
         bound, _ = importance_statistics(self.log_weight_chunks(x, num_samples))
-        return bound.to(x.dtype)
+        return bound.to(at_least_float32(x).dtype)
 
     def log_weight_chunks(self, x: Tensor, num_samples: int) -> Iterator[Tensor]:
         """:meth:`log_weights` at ``num_samples`` draws in all, ``[K_i, B]`` at a time, each of bounded memory."""
@@ -387,11 +390,6 @@ def step_is_due(trainer: Trainer, every: int) -> bool:
 def fused_adam(groups: Iterable[Any]) -> Optimizer:
     """Adam in its fused form, the default optimizer."""
     return torch.optim.Adam(groups, fused=True)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """A tensor in which log-probabilities of data may be summed; double precision stays as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def data_of(batch: Any) -> Tensor:

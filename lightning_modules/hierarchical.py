@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.base import LatentVariableModel, at_least_float32
+from lightning_modules.base import LatentVariableModel
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
@@ -195,9 +195,6 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     def decode(self, z: Tensor) -> Tensor:
         return self._on_rows(self.decoder, z)
 
-    def _log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
-        return self.likelihood.log_prob(at_least_float32(self.decode(z)), x)
-
     def _above(self, level: int, z: Tensor) -> Tensor:
         """Params of q of the layer above ``level``, from its draws."""
         return self._on_rows(self.upwards[level], z)
@@ -225,7 +222,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         else:
             kl = kl_per_latent(top.q, prior).sum(-1)
             log_ratios.append(None)
-        log_likelihood = self._log_likelihood(samples[0].z, x)
+        log_likelihood = self.log_likelihood(samples[0].z, x)
         return HierarchicalTerms(tuple(every), tuple(samples), log_likelihood, tuple(log_ratios), tuple(log_priors), kl)
 
     def loss(self, terms: HierarchicalTerms) -> Tensor:
@@ -249,7 +246,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
             z = layer.family.sample(q, 1).squeeze(0)
             total = total - layer.family.log_prob(q, z)
             if below is None:
-                total = total + self._log_likelihood(z, x)
+                total = total + self.log_likelihood(z, x)
             else:
                 total = total + layers[level - 1].family.log_prob(self._conditional(level - 1, z), below)
             below = z

@@ -13,6 +13,11 @@ from torch.nn import functional as F
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogistic", "GaussianLikelihood", "Likelihood"]
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor in which log-probabilities of data may be summed; double precision stays as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 class Likelihood(nn.Module, ABC):
     """A law of data ``[*batch, C, ...]``, given decoder outputs ``[*batch, outputs_per_value * C, ...]``.
 
@@ -91,7 +96,7 @@ class GaussianLikelihood(Likelihood):
         self.log_scale = nn.Parameter(torch.tensor([initial_scale]).log())
 
     def distribution(self, output: Tensor) -> Distribution:
-        return Normal(output, self.log_scale.exp().clamp_min(1e-4), validate_args=False)
+        return Normal(output, at_least_float32(self.log_scale).exp().clamp_min(1e-4), validate_args=False)
 
 
 class CategoricalLikelihood(Likelihood):
@@ -158,6 +163,7 @@ class DiscretizedLogistic(Likelihood):
         return Categorical(logits=log_mass, validate_args=False)
 
     def value_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        x = (x * (self.num_levels - 1)).round() / (self.num_levels - 1)  # in bfloat16 data are beside their levels
         return self._log_mass(*self._loc_and_log_scale(output), x)
 
     def _log_mass(self, loc: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:

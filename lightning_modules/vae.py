@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.base import LatentVariableModel, at_least_float32
+from lightning_modules.base import LatentVariableModel
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
@@ -154,10 +154,6 @@ class VAE(LatentVariableModel[Terms]):
         flat = z.reshape(-1, *z.shape[z.dim() - 1 - positions :]).to(self.dtype)  # laws draw in float32 at least
         output: Tensor = self.decoder(flat.movedim(-1, 1) if positions else flat)
         return output.reshape(*lead, *output.shape[1:])
-
-    def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
-        """log p(x | z) in nats ``[..., B]`` of z ``[..., B, *positions, out_features]``."""
-        return self.likelihood.log_prob(at_least_float32(self.decode(z)), x)
 
     def terms(self, x: Tensor, params: Tensor | None = None) -> Terms:
         """One batch ``[B, *data_shape]`` through the model; ``params`` stand for ``encode(x)`` if given."""

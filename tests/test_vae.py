@@ -1,5 +1,6 @@
 """The VAE: any layer by name or object, true bounds, one optimizer, plain checkpoints, undisturbed training."""
 
+import copy
 import math
 
 import pytest
@@ -131,6 +132,27 @@ def test_every_use_of_the_decoder_works_in_other_precisions(build, precision, lo
     assert run.callback_metrics["val/elbo"].isfinite()
     assert model.reconstruct(torch.zeros(2, 1, 8, 8, dtype=model.dtype)).isfinite().all()
     assert model.generate(2).isfinite().all()
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "gaussian", "discretized_logistic"])
+@pytest.mark.parametrize("build", [VAE, lambda layer, **options: HierarchicalVAE([layer, layer], **options)])
+def test_nothing_that_is_reported_is_rounded_to_bfloat16(likelihood, build):
+    levels = 2 if likelihood == "bernoulli" else 256
+    spec = {"name": likelihood, "num_levels": levels} if likelihood.startswith(("cat", "disc")) else likelihood
+    model = build("gaussian", likelihood=spec, iwae_samples={"val": 5}).eval()
+    exact = torch.randint(levels, (16, 1, 8, 8)) / (levels - 1)  # Lightning rounds the data to the precision
+    model, x = model.to(torch.bfloat16), exact.bfloat16()
+    with torch.no_grad():
+        terms = model.terms(x)
+        z = (terms.sample if isinstance(model, VAE) else terms.samples[0]).z
+        found, outputs = model.log_likelihood(z, x), model.decode(z).double()
+        data = x if likelihood == "gaussian" else exact  # levels are known in spite of the rounding
+        expected = copy.deepcopy(model.likelihood).double().log_prob(outputs, data.double())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+        reported = [found, *model.bound(terms).values()]
+        reported += [model.importance_weighted_bound(x, 5), *model.log_weight_chunks(x, 5)]
+    for value in reported:
+        assert value.dtype == torch.float32 and (value != value.bfloat16()).any()
 
 
 def test_odd_image_sizes_go_through_the_convolutional_nets():
