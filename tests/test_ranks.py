@@ -7,9 +7,10 @@ import pytest
 import torch
 from joined_noise import JoinedNoise
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from processes import torchrun
+from logged_worker import NAMES, logged
+from processes import launch, torchrun
 from quiet_trainer import quiet_trainer
-from scale_runs import ACCUMULATED, build, fit, joined_batches, state
+from scale_runs import ACCUMULATED, ROWS, Joined, build, fit, joined_batches, state
 from scale_variance import KINDS, table
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -190,6 +191,18 @@ def test_two_processes_under_ddp_halve_the_variance_unless_they_share_their_nois
     for kind, (own, own_error, shared, shared_error) in torch.load(tmp_path / "result.pt", weights_only=True).items():
         assert abs(own - 0.5) < 5 * own_error < 0.2, kind
         assert shared - 5 * shared_error > 0.5, kind
+
+
+@pytest.mark.ddp
+def test_what_two_processes_log_in_training_is_the_mean_over_the_rows_of_uneven_batches(tmp_path):
+    launch("logged_worker.py", tmp_path, timeout=200)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name in NAMES:
+        alone = logged(build(name, Joined, lr=0.01), joined_batches())
+        assert [set(step) for step in alone] == [{"train/elbo", "train/kl", "train/reconstruction"}] * len(ROWS)
+        assert ranks[0][name] == ranks[1][name]
+        for step, expected in zip(ranks[0][name], alone, strict=True):
+            assert step == pytest.approx(expected, rel=1e-5), name
 
 
 @pytest.mark.ddp
