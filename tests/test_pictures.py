@@ -4,12 +4,14 @@ import lightning as L
 import pytest
 import torch
 from image_runs import images, loader, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import stochastic_layers as sl
 from lightning_modules import VAE, CollapseWarning, HierarchicalVAE, Pictures, TemperatureSchedule
 from lightning_modules.callbacks.figures import image_grid
 from lightning_modules.callbacks.traversals import interpolations, traversal
+from lightning_modules.data import Digits
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -268,6 +270,33 @@ def test_the_best_elbo_is_logged_and_survives_a_restart(tmp_path):
     assert float(another.callback_metrics["val/elbo_best"]) == pytest.approx(
         float(another.callback_metrics["val/elbo"])
     )
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save nothing
+def test_the_best_elbo_of_a_run_resumed_inside_an_epoch_is_that_of_the_validations_that_lightning_makes(tmp_path):
+    class Elbos(L.Callback):
+        def on_validation_end(self, run, module):
+            if not run.sanity_checking:
+                seen.append((run.global_step, float(run.callback_metrics["val/elbo"]), module.best_elbo))
+
+    def run(ckpt, *callbacks):
+        L.seed_everything(1, verbose=False)
+        options = dict(max_epochs=1, limit_train_batches=7, limit_val_batches=1, val_check_interval=3)
+        run = trainer(tmp_path, callbacks=[Elbos(), *callbacks], enable_checkpointing=bool(callbacks), **options)
+        # so large a rate that the ELBO falls from the first validation to the second
+        run.fit(VAE("vq", LAYERS["vq"], lr=0.1), Digits(50, binarization="dynamic"), ckpt_path=ckpt, weights_only=True)
+
+    seen = []
+    before = ModelCheckpoint(tmp_path / "before", "{step}", every_n_train_steps=3, save_top_k=-1)
+    after = ModelCheckpoint(tmp_path / "after", "{step}", monitor="val/elbo", save_top_k=-1)
+    run(None, before, after)
+    (first, second), seen = seen, []
+    assert first[:1] == (3,) and second[0] == 6 and second[1] < second[2] == first[1]
+    run(tmp_path / "after" / "step=3.ckpt")
+    assert seen == [second]
+    seen = []
+    run(tmp_path / "before" / "step=3.ckpt")  # saved before the validation of step 3, which is not made up for
+    assert seen == [(6, second[1], second[1])]
 
 
 def test_evaluation_logs_active_units_and_perplexity(tmp_path):
