@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 import stochastic_layers as sl
@@ -29,6 +30,7 @@ from lightning_modules.resuming import check_agreement, check_weights, newest_be
 from lightning_modules.sweeps import TrialRecord
 from lightning_modules.terminal import sentence
 from lightning_modules.untrusted import read_checkpoint, restrict_imports
+from lightning_modules.usage import Parser
 from lightning_modules.vae import VAE
 from lightning_modules.whole_files import make_folder, whole_file
 from stochastic_layers.registry import nearest
@@ -207,6 +209,18 @@ class CLI(LightningCLI):
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:  # Lightning's, for Ctrl-C and SIGTERM
+            if not self.trainer.interrupted:
+                raise
+            last = getattr(self._get(self.config_init, "checkpoint"), "last_model_path", "")
+            if subcommand == "fit" and self.trainer.is_global_zero:
+                way = f"to go on: the same command with --ckpt_path={last}" if last else "there is no checkpoint yet"
+                print(f"stochastic-layers: interrupted; {way}.", file=sys.stderr)
+            sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+
     def after_fit(self) -> None:
         """Test the best weights, once, on the data that neither training nor the choice of weights has seen."""
         if cast(Any, self.trainer).fast_dev_run:
@@ -259,11 +273,18 @@ def names_data(words: Sequence[str]) -> bool:
         option, _, value = word.partition("=")
         if option == "--data":
             return True
-        if option in ("--config", "-c"):
-            path = Path(value or following)
-            if path.is_file() and "data" in (yaml.safe_load(path.read_text()) or {}):
-                return True
+        if option in ("--config", "-c") and "data" in read_config(value or following):
+            return True
     return False
+
+
+def read_config(path: str | Path) -> Mapping[str, Any]:
+    """What a configuration file holds; empty where the parser will find fault with it."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
 
 
 def overview() -> str:
@@ -304,6 +325,7 @@ def main(args: list[str] | None = None) -> None:
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"save_to_log_dir": False},
                 seed_everything_default=0,
+                parser_class=Parser,
                 parser_kwargs={"prog": "stochastic-layers"},
                 args=args,
             )

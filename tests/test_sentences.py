@@ -2,11 +2,13 @@
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
@@ -121,3 +123,48 @@ def test_data_in_double_precision_are_refused_by_a_model_in_single(stage):
     with pytest.raises(ValueError, match=r"needed data in the precision of the model, torch.float32, got"):
         getattr(trainer, stage)(VAE("gaussian", {"latent_dim": 2}), loader)
     getattr(quiet_trainer(max_steps=1, precision="64-true"), stage)(VAE("gaussian", {"latent_dim": 2}), loader)
+
+
+@pytest.mark.parametrize(("kind", "status"), [(KeyboardInterrupt, "130"), (SIGTERMException, "143")])
+def test_an_interrupted_training_says_how_to_go_on(refusal, monkeypatch, capsys, kind, status):
+    class Ends(VAE):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                raise kind
+
+    monkeypatch.setattr("lightning_modules.cli.VAE", Ends)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert refusal(*FIT, "--trainer.max_epochs=2") == status
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    last = "runs/version_0/checkpoints/last.ckpt"
+    assert f"interrupted; to go on: the same command with --ckpt_path={last}." in capsys.readouterr().err
+    assert Path(last).is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (
+            ["fit", "--model.layr=reinforce"],
+            "unrecognized arguments: --model.layr=reinforce\ndid you mean '--model.layer'",
+        ),
+        (["fit", "--data=MNITS"], "did you mean 'MNIST'?"),
+        (["fit", "--data.binarisation=dynamic"], "did you mean 'binarization'?"),
+        (["fit", "--trainer.logger=WandbLoger"], "did you mean 'WandbLogger'"),
+        (["fit", "--config=broken.yaml"], "Problems parsing config"),
+        (["compare", "--config=broken.yaml"], "Problems parsing config"),
+        (["compare", "--model.layr=reinforce"], "did you mean '--model.layer'"),
+    ],
+)
+def test_a_misspelt_option_is_answered_in_a_few_lines_with_what_was_meant(refusal, capsys, words, meant):
+    Path("broken.yaml").write_text("model: [1, 2\n")
+    assert refusal(*words) == "2"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 20 and lines[0] == f"usage: stochastic-layers {words[0]} [OPTIONS]"
+    assert meant in "\n".join(lines) and f"stochastic-layers {words[0]} --help" in lines[1]
+
+
+def test_a_misspelt_option_of_a_comparison_is_not_left_to_the_parser_of_the_others(refusal):
+    assert "got '--layer'; did you mean '--layers'?" in refusal("compare", "--layer", "disarm")

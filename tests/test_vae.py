@@ -238,6 +238,9 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         ({"data_shape": (1, 0, 8)}, "needed data_shape as the sizes of one example"),
         ({"optimizer": "adam"}, "needed a function of parameter groups as optimizer, got 'adam'"),
         ({"iwae_samples": {"val": -1}}, r"needed iwae_samples\['val'\] >= 0, got -1; 0 is none"),
+        ({"likelihood": {"name": "gaussian", "initial_scale": 0}}, "needed initial_scale > 0, got 0"),
+        ({"likelihood": {"name": "categorical", "num_levels": 1}}, "needed num_levels >= 2, got 1"),
+        ({"likelihood": {"name": "discretized_logistic", "num_levels": 1}}, "needed num_levels >= 2, got 1"),
         ({"iwae_samples": {"test": 2.5}}, r"needed iwae_samples\['test'\] >= 0, got 2.5"),
     ],
 )

@@ -18,10 +18,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
 from lightning_modules.build import layer_spec
-from lightning_modules.cli import CLI, names_data
+from lightning_modules.cli import CLI, names_data, read_config
 from lightning_modules.data import ImageDataModule
 from lightning_modules.resuming import options_of_data
 from lightning_modules.untrusted import read_checkpoint
+from lightning_modules.usage import Parser
 from lightning_modules.vae import VAE
 
 __all__ = ["Parsed", "Settings", "loggers", "parse", "settings_of"]
@@ -50,6 +51,7 @@ class Parsed(CLI):
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 save_config_callback=None,
+                parser_class=Parser,
                 parser_kwargs={"prog": "stochastic-layers compare"},
                 **kwargs,
             )
@@ -106,8 +108,8 @@ def _checkpoint_path(words: Sequence[str]) -> Path | None:
     found = None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")
-        if option == "--config" and Path(value or following).is_file():
-            found = (yaml.safe_load(Path(value or following).read_text()) or {}).get("ckpt_path") or found
+        if option == "--config":
+            found = read_config(value or following).get("ckpt_path") or found
         elif option == "--ckpt_path":
             found = value or following
     if found is not None and not Path(found).is_file():

@@ -109,8 +109,8 @@ class DataFiles:
         folders = ", ".join(str(root / folder) for folder in self.folders)
         return (
             f"needed {' or '.join(array.names)}, got none of them in {folders}; put the file there, name its folder by "
-            f"root or the environment variable {ROOT_VARIABLE}, or pass download=True and call prepare_data() (a "
-            "Trainer does)."
+            f"root (--data.root=FOLDER) or the environment variable {ROOT_VARIABLE}, or pass download=True "
+            "(--data.download=true) and call prepare_data() (a Trainer does)."
         )
 
 
