@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 __all__ = ["bit_usage", "code_usage", "curves", "image_grid", "latent_units", "schedules"]
@@ -62,13 +63,18 @@ def curves(history: History) -> Figure:
         ("gradient signal-to-noise ratio", ("train/grad_snr",), "linear"),
     ]
     for axes, (title, keys, scale) in zip(figure.subplots(1, 3), panels, strict=True):
-        for key in keys:
-            if key in history:
-                steps, values = zip(*history[key], strict=True)
-                axes.plot(steps, values, label=key, linewidth=1.2)
+        measured = {key: history[key] for key in keys if key in history}
         axes.set(title=title, xlabel="optimizer step")
-        if any(value > 0 for key in keys for _, value in history.get(key, [])):  # an exact layer has no variance
-            axes.set_yscale(scale)
+        if scale == "log" and not any(value > 0 for series in measured.values() for _, value in series):
+            measured = {}
+        if "grad" in keys[0] and not measured and history:  # not an empty panel where a layer has no variance
+            axes.text(0.5, 0.5, "no noise was measured", ha="center", va="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[], xlabel="")
+            continue
+        for key, series in measured.items():
+            steps, values = zip(*series, strict=True)
+            axes.plot(steps, values, label=key, linewidth=1.2)
+        axes.set_yscale(scale)
         if len(keys) > 1:
             axes.legend(frameon=False)
     return figure
@@ -95,15 +101,13 @@ def latent_units(variances: Tensor, threshold: float, kl: Tensor | None, active:
     """
     figure = Figure(figsize=(9.6, 3), layout="constrained")
     panels = figure.subplots(1, 3)
-    for axes in panels:
-        axes.title.set_fontsize(10)
     if kl is None or len(kl) < min(2, len(variances)):
-        text = "no closed-form KL" if kl is None else f"KL of all latents together:\n{float(kl.sum()):.1f} nats"
+        text = "no closed-form KL" if kl is None else f"KL of all latents together:\n{float(kl.sum()):.3g} nats"
         panels[0].text(0.5, 0.5, text, ha="center", va="center")
         panels[0].set_axis_off()
     else:
         _bars(panels[0], kl.sort(descending=True).values, DARK)
-        panels[0].set(title=f"KL per latent, {float(kl.sum()):.1f} nats in all", ylabel="nats")
+        panels[0].set(title=f"KL per latent, {float(kl.sum()):.3g} nats in all", ylabel="nats")
         panels[0].set(xlabel="latent variable, sorted")
     number = int((variances > threshold).sum())
     _bars(panels[1], variances.clamp_min(1e-6).sort(descending=True).values, DARK)
@@ -115,7 +119,10 @@ def latent_units(variances: Tensor, threshold: float, kl: Tensor | None, active:
         steps, values = zip(*active, strict=True)
         panels[2].plot(steps, values, color=DARK, linewidth=1.2)
     panels[2].set(title=f"active units, of {len(variances)}", xlabel="optimizer step")
-    panels[2].set_ylim(0, 1.05 * len(variances))
+    panels[2].set_ylim(-0.03 * len(variances), 1.05 * len(variances))  # a line at 0 is not on the frame
+    panels[2].yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels:
+        axes.title.set_fontsize(10)
     return figure
 
 
@@ -139,7 +146,9 @@ def code_usage(frequencies: Tensor, perplexity: float, usage: float) -> Figure:
         for row in ordered:
             axes.step(range(1, codes + 1), row.tolist(), where="mid", linewidth=1.2)
         axes.axhline(1 / codes, color=GREY, linewidth=1, linestyle="--")
-        axes.set(ylabel="share", xlabel="code, sorted by share", xlim=(0.5, codes + 0.5), ylim=(0, None))
+        axes.set(ylabel="share", xlabel="code, sorted by share", xlim=(0.9, codes + 0.5), ylim=(0, None))
+        if codes > MAX_BARS:  # often a few of many are in use
+            axes.set_xscale("log")
     else:
         image = axes.imshow(ordered.numpy(), cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
         axes.set(ylabel="latent variable", xlabel="category, sorted by share")
@@ -155,3 +164,4 @@ def _bars(axes: Axes, values: Tensor, color: str) -> None:
     else:
         axes.fill_between(numbers, heights, step="mid", color=color)
     axes.set_xlim(0.4, len(values) + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

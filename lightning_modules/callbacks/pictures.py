@@ -152,7 +152,7 @@ class Pictures(Callback):
             shown = x[:n]
             both = torch.cat([shown, model.reconstruct(shown)])
             if draw:
-                figures["reconstructions"] = image_grid(both, len(shown))
+                figures["reconstructions"] = image_grid(both, len(shown), rows=("data", "model"))
             try:
                 changed = traversal(model, x, n, n)
             except ValueError as error:
