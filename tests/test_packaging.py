@@ -67,6 +67,11 @@ def run_python(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+
+def test_no_callback_is_put_into_the_trainers_of_others():
+    assert "callbacks_factory" not in (ROOT / "pyproject.toml").read_text()
+
+
 def test_importing_the_layers_pulls_in_torch_and_nothing_else_of_weight():
     run_python(IMPORT_PULLS_IN_NO)
 

@@ -223,3 +223,9 @@ def test_a_run_that_accumulates_gradients_resumes_exactly_at_every_optimizer_ste
         assert losses == {number: loss for number, loss in whole.items() if number >= batch}
         for key, value in state(model).items():
             assert torch.equal(state(resumed)[key], value), (step, key)
+
+
+@pytest.mark.parametrize("name", sl.list_layers())
+def test_no_parameter_is_a_scalar_which_strategies_that_shard_refuse(name):
+    layer = build(name).layer
+    assert all(parameter.dim() for parameter in layer.parameters())

@@ -75,6 +75,7 @@ def elbo_curves(comparison: Comparison, labels: Sequence[str]) -> Figure:
             axes.plot(xs[-1], ys[-1], marker="o", markersize=3.5, color=style(number)["color"])
     left.set_ylim(*_range([ys for _, ys in curves]))
     left.set(xlabel="optimizer step", ylabel="validation ELBO (nats per example)")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlabel("seconds of training")
     _name_ends(figure, left, {label: ys[-1] for label, (_, ys) in zip(labels, curves, strict=True)}, labels)
     return figure
@@ -91,8 +92,12 @@ def variance_curves(comparison: Comparison, labels: Sequence[str]) -> Figure:
         if ys[-1] > EXACT:  # an exact layer has none
             axes.plot(xs, ys, linewidth=1.3, **style(number))
             ends[label] = ys[-1]
+    silent = [label for label in labels if label not in ends]
+    if silent:
+        axes.set_title(f"without noise: {', '.join(silent)}", fontsize=8, loc="left", wrap=True)
     axes.set_yscale("log")
     axes.set(xlabel="optimizer step", ylabel="gradient variance at the layer's params")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _name_ends(figure, axes, ends, labels)
     return figure
 
@@ -173,7 +178,9 @@ def _name_ends(figure: Figure, axes: Axes, ends: dict[str, float], labels: Seque
             va="center",
             fontsize=8,
             color=style(number)["color"],
-            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0, **style(number)},
+            # joined to the middle of the name's left end: a line to its centre would cross the names between
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0}
+            | style(number),
             annotation_clip=False,
         )
     axes.margins(x=0.0)
