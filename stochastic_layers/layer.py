@@ -215,6 +215,8 @@ class StochasticLayer(nn.Module, ABC):
 
         Raises:
             ValueError: Wrong shape or dtype, or NaN or infinite values.
+            RuntimeError: The layer gets a gradient from the cost or from an auxiliary loss, and reentrant activation
+                checkpointing around it computes it again.
         """
         if not (context is None or isinstance(context, Tensor)):
             raise ValueError(f"needed a tensor [*batch, F] as context, got {type(context).__name__}.")
@@ -224,6 +226,8 @@ class StochasticLayer(nn.Module, ABC):
         with _without_autocast(prepared.device.type):
             if self.training:
                 sample = self.draw(prepared, context)
+                if ("cost" in self.needs or sample.aux) and recomputing() and torch.is_grad_enabled():
+                    refuse_reentrant()
             else:
                 q = self.law(prepared.detach())
                 z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
@@ -250,11 +254,9 @@ class StochasticLayer(nn.Module, ABC):
             RuntimeError: The layer needs the cost, is in training mode with gradients on, and no ``sl.capture()`` is
                 open, so that its gradient would silently be zero.
         """
-        samples = innermost()
-        needs_cost = "cost" in self.needs and self.training and torch.is_grad_enabled()
-        if needs_cost and recomputing():  # a recomputation is of a call that was captured
-            refuse_reentrant()
-        elif samples is None and needs_cost:
+        again = recomputing()  # whoever captures the call has its sample
+        samples = None if again else innermost()
+        if samples is None and not again and "cost" in self.needs and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self.name or type(self).__name__!r} gets its gradient from the cost and was called outside "
                 "sl.capture(): the encoder would not train. Write `with sl.capture() as samples: ...` and "
