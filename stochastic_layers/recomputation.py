@@ -52,8 +52,8 @@ def refuse_recomputation(state: str) -> None:
 def refuse_reentrant() -> None:
     """Stop where reentrant checkpointing recomputes the caller: its forward pass had no gradients to carry.
 
-    Its sample is with whoever computes the loss, and nothing that happens in the backward pass gets there: the credit of
-    the draws and the auxiliary losses would be lost.
+    Its sample is with whoever computes the loss, and nothing that happens in the backward pass gets there: the credit
+    of the draws and the auxiliary losses would be lost.
 
     Raises:
         RuntimeError: It does.
