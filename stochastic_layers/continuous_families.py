@@ -21,11 +21,12 @@ from torch.distributions import Distribution, Independent, Laplace, Normal, Stud
 
 from stochastic_layers.distributions import Logistic
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
-from stochastic_layers.quadrature import half_line, product_rule, unit_interval
+from stochastic_layers.quadrature import half_line, product_rule
 
 __all__ = [
     "MAX_CONCENTRATION",
     "MAX_LOG_SCALE",
+    "STEP",
     "ContinuousFamily",
     "LaplaceFamily",
     "LogisticFamily",
@@ -39,6 +40,7 @@ __all__ = [
 MIN_CONCENTRATION = 0.1
 MAX_CONCENTRATION = 1e5  # beyond it log-gamma functions in float32 are off by tenths of a nat
 MAX_LOG_SCALE = MAX_LOG_VARIANCE / 2
+STEP = 0.08  # of the rules by which expectations are computed
 
 
 def positive(raw: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ class ContinuousFamily(Family):
 
     def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
         """Points that do not move with params: the gradient flows through the density, unlike that of a draw."""
-        z, log_weight = self.grid(q, 0.08 / 2**refinement)
+        z, log_weight = self.grid(q, STEP / 2**refinement)
         batch = q.batch_shape
         z = z.to(q.mean.dtype).detach()
         if z.dim() == 2:
@@ -107,10 +109,8 @@ class ContinuousFamily(Family):
             raise ValueError(f"needed a family whose expectations can be computed, got {self.name!r}, without a rule.")
         base = q.base_dist
         support = base.support
-        if support is constraints.unit_interval:
-            return product_rule(*unit_interval(step), self.latent_dim, log=True)
         if support not in (constraints.real, constraints.positive, constraints.nonnegative):
-            raise ValueError(f"needed a family on an interval, got {self.name!r} on {support}.")
+            raise ValueError(f"needed a family on a line or half of one, got {self.name!r} on {support}.")
         half, log_half = half_line(step)
         if support is constraints.real:
             half, log_half, center = torch.cat([half, -half]), torch.cat([log_half, log_half]), base.loc
