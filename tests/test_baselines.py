@@ -98,6 +98,39 @@ def test_an_empty_batch_changes_nothing():
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
+WITH_RUNNING_MEANS = {
+    "reinforce": {"baseline": "moving_average"},
+    "nvil": {"baseline": "moving_average"},
+    "rebar": {},
+    "relax": {"control_variate": "both"},
+    "double_cv": {},
+    "rodeo": {},
+}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("name", WITH_RUNNING_MEANS)
+def test_an_infinite_cost_is_seen_in_its_own_step_and_in_no_later_one(name, bad):
+    layer = sl.create(name, latent_dim=3, **WITH_RUNNING_MEANS[name])
+    means = [m for m in layer.modules() if isinstance(m, RunningMean)]
+
+    def train(shift):
+        params = torch.zeros(4, 3, requires_grad=True)
+        sample = layer.sample(params)
+        loss = sample.surrogate((sample.z - torch.tensor([0.2, 0.5, 0.9])).square().sum(-1) + shift)
+        loss.sum().backward()
+        return loss.detach(), params.grad, [m.value for m in means]
+
+    for _ in range(3):
+        *_, before = train(0.0)
+    loss, gradient, after = train(torch.tensor([0.0, bad, 0.0, 0.0]))
+    assert means and not bool(loss.isfinite().all()) and not bool(gradient.isfinite().all())
+    torch.testing.assert_close(after, before)
+    loss, gradient, later = train(0.0)
+    assert bool(loss.isfinite().all()) and bool(gradient.isfinite().all())
+    assert all(not torch.equal(new, old) for new, old in zip(later, before, strict=True))  # they go on
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_smaller_last_batch_is_no_trouble(name):
     layer, params = reinforce(name)
