@@ -131,6 +131,21 @@ def test_an_infinite_cost_is_seen_in_its_own_step_and_in_no_later_one(name, bad)
     assert all(not torch.equal(new, old) for new, old in zip(later, before, strict=True))  # they go on
 
 
+@pytest.mark.parametrize(("name", "options"), [("reinforce", {"baseline": "learned"}), ("nvil", {}), ("relax", {})])
+def test_a_context_that_is_not_finite_is_seen_in_the_loss_of_its_step_and_in_no_later_one(name, options):
+    """The value that the loss adds its gradient to is finite; what the gradient comes from is not."""
+    layer, context = sl.create(name, latent_dim=3, **options), torch.randn(4, 3)
+    for bad in (float("nan"), float("inf"), 0.5):
+        context[1, 0] = bad
+        params = torch.zeros(4, 3, requires_grad=True)
+        sample = layer.sample(params, context)
+        loss = sample.surrogate(sample.z.sum(-1))
+        loss.sum().backward()
+        wrong = not bool(params.grad.isfinite().all())
+        assert wrong == (not bool(loss.isfinite().all()))
+    assert not wrong
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_smaller_last_batch_is_no_trouble(name):
     layer, params = reinforce(name)
