@@ -28,7 +28,9 @@ class MeasureValued(StochasticLayer):
     not; unbiased. The price: ``4 * latent_dim`` auxiliary points, of weight 0, for every draw. A bit needs no such
     layer: its weak derivative is ``f(1) - f(0)``, the local expectation gradient.
 
-    The cost must keep one value per batch element, because every element has its own auxiliary points.
+    The cost must keep one value per batch element, because every element has its own auxiliary points. Where it
+    overflows at one of them the gradient is infinite, and the loss of that element, which shows it, NaN: compute a cost
+    that grows fast in float32.
 
     Args:
         latent_dim: Number of latent variables D.
