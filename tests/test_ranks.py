@@ -67,7 +67,7 @@ def test_statistics_of_a_control_variate_are_joint_from_the_first_step(monkeypat
     energies = torch.cat([mine, other]).square()
     with monkeypatch.context() as patch:
         FakeRanks(patch, torch.tensor([16.0, 1.0]))  # the sum of the other rank's squares, and its rows
-        objective = RelativeVariance()(mine)
+        objective = RelativeVariance()(mine, torch.zeros(2))
     torch.testing.assert_close(objective, mine.square().squeeze(-1) / energies.mean())
     costs = torch.tensor([[1.0, 2.0], [4.0, 9.0]])  # a row of each rank; their mean is 4
     sums = iter([torch.tensor([13.0, 2.0]), torch.tensor([25.0, 2.0])])  # of the other one
