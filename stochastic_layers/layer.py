@@ -18,7 +18,7 @@ from stochastic_layers.captures import innermost
 from stochastic_layers.families import Family, create_family
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import recomputing, refuse_reentrant
-from stochastic_layers.registry import nearest
+from stochastic_layers.registry import known_families, nearest
 
 __all__ = ["Sample", "StochasticLayer", "sum_rightmost"]
 
@@ -159,9 +159,10 @@ class StochasticLayer(nn.Module, ABC):
         super().__init__()
         name = str(family.get("name") if isinstance(family, Mapping) else family)
         if name not in self.families:
+            known = known_families()
+            advice = f"see sl.list_layers(family={name!r})." if name in known else nearest(name, known)
             raise ValueError(
-                f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; "
-                f"{nearest(name, self.families)} See sl.list_layers(family={name!r})."
+                f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; {advice}"
             )
         self.num_samples = check_positive_int("num_samples", num_samples)
         self.family: Family = create_family(family, latent_dim, num_categories)

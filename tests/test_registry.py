@@ -47,8 +47,13 @@ def test_a_missing_latent_dim_is_named():
 
 
 def test_a_family_that_the_layer_lacks_names_those_it_has():
-    with pytest.raises(ValueError, match=r"supports the families \('gaussian',\), got 'bernoulli'"):
+    advice = r"supports the families \('gaussian',\), got 'bernoulli'; see sl.list_layers\(family='bernoulli'\)\.$"
+    with pytest.raises(ValueError, match=advice):
         sl.create("gaussian", latent_dim=2, family="bernoulli")
+    with pytest.raises(ValueError, match=r"got 'catgorical'; did you mean 'categorical'"):
+        sl.create("arms", latent_dim=2, family="catgorical")
+    with pytest.raises(ValueError, match=r"got 'xyz'; valid names: 'bernoulli', .*'quantized'"):
+        sl.create("gaussian", latent_dim=2, family="xyz")
     with pytest.raises(ValueError, match="needed num_categories >= 2"):
         sl.create("straight_through", latent_dim=2, family="categorical")
     with pytest.raises(ValueError, match="has no num_categories"):
