@@ -192,9 +192,9 @@ def test_a_capture_of_another_thread_collects_nothing_from_compiled_code():
     ("name", "options"),
     [
         ("leave_one_out", {}),
-        ("nvil", {"family": "gaussian", "baseline": "none"}),
-        ("sum_and_sample", {"num_exact": 1}),
-        ("unordered_set", {"num_samples": 2}),
+        pytest.param("nvil", {"family": "gaussian", "baseline": "none"}, marks=pytest.mark.slow),
+        pytest.param("sum_and_sample", {"num_exact": 1}, marks=pytest.mark.slow),
+        pytest.param("unordered_set", {"num_samples": 2}, marks=pytest.mark.slow),
         ("carms", {"num_categories": 3}),
     ],
     ids=str,
