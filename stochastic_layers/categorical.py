@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Distribution, OneHotCategorical
 from torch.distributions.utils import lazy_property
 
 from stochastic_layers.auxiliary import kernels_usable
+from stochastic_layers.noise import double_uniform
 
 __all__ = [
     "draw_categorical",
@@ -134,9 +135,8 @@ def _row_sums(rows: Tensor) -> Tensor:
 
 def _invert(weights: Tensor, num_samples: int) -> Tensor:
     """Draws in proportion to ``weights [..., C]`` by inversion of the cumulative sum: ``[..., S]``."""
-    # mps has no float64
-    cdf = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
-    u = torch.rand(*cdf.shape[:-1], num_samples, dtype=cdf.dtype, device=cdf.device)
+    u = double_uniform((*weights.shape[:-1], num_samples), weights.device)
+    cdf = weights.cumsum(-1, dtype=u.dtype)
     # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
     u = u.mul_(cdf[..., -1:])
     if _eager_on_cpu(cdf) and (u.numel() <= FEW or cdf.shape[-1] > 2 * ONE_LEVEL):
