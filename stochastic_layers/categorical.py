@@ -120,7 +120,7 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
     blocks = probs.reshape(-1, width)
     totals = _row_sums(blocks).view(*probs.shape[:-1], probs.shape[-1] // width)
     block = _invert(totals, num_samples)  # [..., S]
-    first = torch.arange(0, len(blocks), totals.shape[-1], device=probs.device).view(*probs.shape[:-1], 1)
+    first = torch.arange(0, blocks.shape[0], totals.shape[-1], device=probs.device).view(*probs.shape[:-1], 1)
     members = blocks.index_select(0, (block + first).flatten()).view(*block.shape, width)
     return (_invert(members, 1) + width * block.unsqueeze(-1)).movedim(-2, 0)
 
@@ -158,7 +158,7 @@ def one_hot(index: Tensor, like: Tensor) -> Tensor:
     """Vectors ``[..., C]`` of ones at ``index [..., N]`` and zeros, with C, dtype and device of ``like [..., C]``."""
     count = like.shape[-1]
     zeros = torch.zeros(*index.shape[:-1], count, dtype=like.dtype, device=like.device)
-    if index.numel() <= FEW or not _eager_on_cpu(like):
+    if not _eager_on_cpu(like) or index.numel() <= FEW:
         return put(zeros, index, 1.0)
     start = torch.arange(0, zeros.numel(), count).view(*index.shape[:-1], 1)
     zeros.view(-1).index_fill_(0, (start + index).flatten(), 1.0)  # two thirds of the time of scatter_
