@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Laplace, Normal, StudentT, constraints
+from torch.distributions import Chi2, Distribution, Independent, Laplace, Normal, StudentT, constraints
 
 from stochastic_layers.distributions import Logistic
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
@@ -166,6 +166,18 @@ class LogisticFamily(_LocationScale):
         return self.distribution(torch.zeros(self.in_features))
 
 
+class _UncheckedStudentT(StudentT):
+    """torch's law, whose inner chi-square law checks its values whatever it is told, which waits for the device."""
+
+    def __init__(self, df: Tensor, loc: Tensor, scale: Tensor) -> None:
+        self.df, self.loc, self.scale = df, loc, scale
+        self._chi2 = Chi2(df, validate_args=False)
+        Distribution.__init__(self, df.shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _UncheckedStudentT:
+        return _UncheckedStudentT(*(part.expand(batch_shape) for part in (self.df, self.loc, self.scale)))
+
+
 @register_family
 class StudentTFamily(_LocationScale):
     """Independent Student t variables on the real line; params are the loc, the log-scale and the raw tail weight.
@@ -180,7 +192,7 @@ class StudentTFamily(_LocationScale):
 
     def distribution(self, params: Tensor) -> Distribution:
         loc, log_scale, raw = self.split(params)
-        return independent(StudentT(2 + positive(raw), loc, log_scale.exp(), validate_args=False))
+        return independent(_UncheckedStudentT(2 + positive(raw), loc, log_scale.exp()))
 
     def standard(self) -> Distribution:
         """The standard normal."""

@@ -30,9 +30,7 @@ def sum_rightmost(tensor: Tensor, ndim: int) -> Tensor:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Autocast off; where it is off already nothing is entered, which would cost as much as a small layer's kernel."""
-    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)

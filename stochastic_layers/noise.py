@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochastic_layers.auxiliary import kernels_usable
 
-__all__ = ["below", "exponential", "log_exponential", "logistic", "uniform"]
+__all__ = ["below", "double_uniform", "exponential", "log_exponential", "logistic", "uniform"]
 
 
 def fast_integers(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -44,6 +44,19 @@ def _uniform(shape: Sequence[int], like: Tensor, *, negative: bool = False) -> T
     in_place = like.device.type == "cpu" and not traced
     floats = integers.view(like.dtype) if in_place else torch.empty_like(integers, dtype=like.dtype)
     return floats.copy_(integers).mul_(scale)
+
+
+def double_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uniform in [0, 1) with 53 bits, in float64; in float32 on a device that has no other.
+
+    A compiled ``torch.rand`` is a float32 number whatever its dtype: near 1 there are none between multiples of
+    ``2 ** -24``, and of three categories of probability 2e-8 two would never be drawn.
+    """
+    if device.type == "mps":
+        return torch.rand(*shape, device=device)
+    if torch.compiler.is_compiling():
+        return torch.randint(2**53, tuple(shape), device=device).to(torch.float64).mul_(2.0**-53)
+    return torch.rand(*shape, dtype=torch.float64, device=device)
 
 
 def below(u: Tensor, probs: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Exact draws and their noise: laws against scipy, tails, many categories; kernels against plain formulas."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from stochastic_layers.categorical import (
     one_hot_categorical,
     softmax,
 )
-from stochastic_layers.noise import _uniform, log_exponential, logistic
+from stochastic_layers.noise import _uniform, double_uniform, log_exponential, logistic
 
 double = torch.float64
 FALSE_ALARM = 1e-5  # of each test of a law
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
 
 def chi_square(counts, probs):
@@ -129,6 +132,21 @@ def test_noise_follows_its_law(dtype):
     assert stats.kstest(gumbel, "gumbel_r").pvalue > FALSE_ALARM
     assert stats.kstest(logistic((200_000,), like), "logistic").pvalue > FALSE_ALARM
     assert stats.kstest(gumbel + 0.02, "gumbel_r").pvalue < FALSE_ALARM  # a shift by 2 % is seen
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_all_53_bits_of_a_uniform_are_random_compiled_too(compiled):
+    def draw():
+        return double_uniform((2, 50_000), torch.device("cpu"))
+
+    first, second = (torch.compile(draw, fullgraph=True) if compiled else draw)()
+    assert stats.kstest(first, "uniform").pvalue > FALSE_ALARM
+    assert not torch.equal(first, second)
+    digits = (first * 2**53).long()
+    assert torch.equal(digits.double() * 2.0**-53, first)
+    ones = [int((digits >> place & 1).sum()) for place in range(53)]
+    assert min(stats.binomtest(n, 50_000).pvalue for n in ones) > FALSE_ALARM / 53  # of a float32 the lowest are zeros
 
 
 def test_tails_of_the_noise_are_finer_than_float32_near_one(monkeypatch):
