@@ -20,6 +20,7 @@ from stochastic_layers.continuous_families import (
 )
 from stochastic_layers.distributions import HypersphericalUniform, Kumaraswamy, PowerSpherical
 from stochastic_layers.families import MAX_LOG_VARIANCE, register_family
+from stochastic_layers.noise import normal
 from stochastic_layers.quadrature import interval_nodes, sphere
 
 __all__ = [
@@ -54,6 +55,11 @@ class LogNormalFamily(ContinuousFamily):
     def distribution(self, params: Tensor) -> Distribution:
         loc, log_variance = self.split(params)
         return independent(LogNormal(loc, (0.5 * log_variance).exp(), validate_args=False))
+
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        law = base_of(q)
+        z: Tensor = (law.loc + law.scale * normal((num_samples, *law.loc.shape), law.loc)).exp()
+        return z
 
     def mode(self, q: Distribution) -> Tensor:
         mode: Tensor = (base_of(q).loc - base_of(q).scale.square()).exp()

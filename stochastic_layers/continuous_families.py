@@ -21,6 +21,7 @@ from torch.distributions import Chi2, Distribution, Independent, Laplace, Normal
 
 from stochastic_layers.distributions import Logistic
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
+from stochastic_layers.noise import laplace, normal
 from stochastic_layers.quadrature import half_line, product_rule
 
 __all__ = [
@@ -143,6 +144,11 @@ class LaplaceFamily(_LocationScale):
         loc, log_scale = self.split(params)
         return independent(Laplace(loc, log_scale.exp(), validate_args=False))
 
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        law = base_of(q)
+        z: Tensor = law.loc + law.scale * laplace((num_samples, *law.loc.shape), law.loc)
+        return z
+
     def standard(self) -> Distribution:
         """Loc 0, scale 1."""
         return self.distribution(torch.zeros(self.in_features))
@@ -173,6 +179,10 @@ class _UncheckedStudentT(StudentT):
         self.df, self.loc, self.scale = df, loc, scale
         self._chi2 = Chi2(df, validate_args=False)
         Distribution.__init__(self, df.shape, validate_args=False)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        noise = normal((*sample_shape, *self.loc.shape), self.loc)
+        return self.loc + self.scale * noise * (self._chi2.rsample(sample_shape) / self.df).rsqrt()
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _UncheckedStudentT:
         return _UncheckedStudentT(*(part.expand(batch_shape) for part in (self.df, self.loc, self.scale)))

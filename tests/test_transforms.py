@@ -16,13 +16,7 @@ REFUSED = {
     "Batching rule not implemented for stochastic_layers::": {"diveq", "residual_vq", "rotation_trick", "vq"},
     # a decision on values
     r"calling \.item\(\)": {"sparsemax_marginalization"},
-    # a law that torch draws in place, or with a derivative for which torch has no rule there
-    "inplace randomness": {
-        "invertible_gaussian",
-        ("pathwise", "log_normal"),
-        *((name, law) for name in ("antithetic", "pathwise") for law in ("gaussian_full", "gaussian_low_rank")),
-        *((name, law) for name in ("antithetic", "pathwise") for law in ("laplace", "student_t")),
-    },
+    # a law with a derivative for which torch has no rule there
     "must override the setup_context": {("pathwise", law) for law in ("beta", "dirichlet", "power_spherical")},
 }
 
