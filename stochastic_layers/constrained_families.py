@@ -113,9 +113,6 @@ class _UnitInterval(ContinuousFamily):
         z = super().rsample(q, num_samples)
         return z.clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps / 2)  # inside, where log q(z) is finite
 
-    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
-        return interval_nodes(base_of(q), STEP / 2**refinement)
-
     def _clamp_mode(self, inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The inner mode where both concentrations exceed 1, else the end of the interval where q is larger."""
         info = torch.finfo(a.dtype)

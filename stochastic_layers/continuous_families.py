@@ -22,7 +22,7 @@ from torch.distributions import Chi2, Distribution, Independent, Laplace, Normal
 from stochastic_layers.distributions import Logistic
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
 from stochastic_layers.noise import laplace, normal
-from stochastic_layers.quadrature import half_line, product_rule
+from stochastic_layers.quadrature import half_line, interval_nodes, product_rule
 
 __all__ = [
     "MAX_CONCENTRATION",
@@ -95,7 +95,10 @@ class ContinuousFamily(Family):
 
     def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
         """Points that do not move with params: the gradient flows through the density, unlike that of a draw."""
-        z, log_weight = self.grid(q, STEP / 2**refinement)
+        step = STEP / 2**refinement
+        if isinstance(q, Independent) and q.base_dist.support is constraints.unit_interval:
+            return interval_nodes(q.base_dist, step)
+        z, log_weight = self.grid(q, step)
         batch = q.batch_shape
         z = z.to(q.mean.dtype).detach()
         if z.dim() == 2:
@@ -111,7 +114,7 @@ class ContinuousFamily(Family):
         base = q.base_dist
         support = base.support
         if support not in (constraints.real, constraints.positive, constraints.nonnegative):
-            raise ValueError(f"needed a family on a line or half of one, got {self.name!r} on {support}.")
+            raise ValueError(f"needed a family on an interval, got {self.name!r} on {support}.")
         half, log_half = half_line(step)
         if support is constraints.real:
             half, log_half, center = torch.cat([half, -half]), torch.cat([log_half, log_half]), base.loc

@@ -60,7 +60,7 @@ def interval_nodes(law: Distribution, step: float) -> tuple[Tensor, Tensor]:
     Returns:
         Nodes ``[N, *batch, D]`` and weights ``[N, *batch]``, differentiable in the parameters of the law.
     """
-    x, log_volume = (t.to(law.mean.dtype).view(-1, *[1] * len(law.batch_shape)) for t in unit_interval(step))
+    x, log_volume = (t.view(-1, *[1] * len(law.batch_shape)) for t in unit_interval(step))  # float64, whatever the law
     weights = (law.log_prob(x) + log_volume).exp()
     end = int((x < 1e-15).sum())
     weights = torch.cat([weights[:end].sum(0, keepdim=True), weights[end:-1]])
@@ -69,7 +69,8 @@ def interval_nodes(law: Distribution, step: float) -> tuple[Tensor, Tensor]:
     index = product_rule(torch.arange(len(weights)), torch.ones(len(weights)), dim)[0]  # [N, D]
     points = x.flatten()[end - 1 :][index].view(-1, *[1] * (len(law.batch_shape) - 1), dim)
     each = torch.stack([weights[index[:, d], ..., d] for d in range(dim)], -1)
-    return points.expand(-1, *law.batch_shape), each.prod(-1)
+    dtype = law.mean.dtype
+    return points.to(dtype).expand(-1, *law.batch_shape), each.prod(-1).to(dtype)
 
 
 def sphere(dim: int, count: int) -> tuple[Tensor, Tensor]:
