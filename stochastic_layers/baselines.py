@@ -129,7 +129,7 @@ class RunningMean(RunningState):
         rate = (1 - self.decay) * (count.to(total.dtype).clamp_max(1) if isinstance(count, Tensor) else min(count, 1))
         mean = mean.to(total.dtype)
         finite = (mean - mean == 0).all()  # a tensor: nothing waits for a GPU. What is not finite would stay for ever
-        total.lerp_(mean.where(finite, torch.zeros_like(mean)), rate)
+        total.lerp_(torch.where(finite, mean, 0.0), rate)
         weight.lerp_(finite.to(weight.dtype), rate)
 
     def extra_repr(self) -> str:

@@ -191,6 +191,14 @@ def test_learned_baseline_is_fitted_to_the_cost_and_trains_nothing_else():
     assert torch.allclose(cost.theta.grad, plain)
 
 
+def test_a_learned_baseline_predicts_a_summed_cost_by_the_sum_of_its_predictions():
+    baseline = LearnedBaseline(2)
+    context = torch.randn(5, 3, 2)
+    each = baseline(torch.zeros(4, 5, 3), context)
+    assert each.shape == (5, 3)
+    torch.testing.assert_close(baseline(torch.zeros(4, 5), context), each.sum(-1))
+
+
 def test_a_module_of_the_user_is_a_baseline():
     class Table(nn.Module):
         def __init__(self):

@@ -221,3 +221,10 @@ def test_an_entry_point_whose_name_is_taken_does_not_replace_the_layer(install):
     with pytest.warns(RuntimeWarning, match="needed a name that is free, got 'reinforce'"):
         assert "coin" in sl.list_layers()
     assert isinstance(sl.create("reinforce", latent_dim=2), sl.Reinforce)
+
+
+def test_a_layer_prints_its_options():
+    assert "num_categories=4" in repr(
+        sl.create("straight_through", latent_dim=2, family="categorical", num_categories=4)
+    )
+    assert "num_categories" not in repr(sl.create("straight_through", latent_dim=2))
