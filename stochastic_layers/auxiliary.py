@@ -70,12 +70,17 @@ def with_gradient_of(z: Tensor, losses: Iterable[Tensor]) -> Tensor:
 def as_drawn(z: Tensor) -> Callable[[], Tensor]:
     """A function that returns z, to be read after the model has had it, as long as it is what was drawn.
 
-    What autograd saves it guards itself; but log q(z) and the like are computed when the cost is known.
+    What autograd saves it guards itself; but log q(z) and the like are computed when the cost is known. Under
+    ``torch.compile``, where a tensor has no version, the function returns a copy, which the compiler makes only where
+    the model does change z.
 
     Raises:
         RuntimeError: From the function: z was changed in place.
     """
-    if torch.compiler.is_compiling() or z.is_inference():  # there a tensor has no version
+    if torch.compiler.is_compiling():
+        copy = z.clone()
+        return lambda: copy
+    if z.is_inference():  # nor has it a version there
         return lambda: z
     version = z._version
 

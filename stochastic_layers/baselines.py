@@ -89,7 +89,8 @@ class RunningMean(RunningState):
     """A running mean of some statistics over steps, agreed by all ranks.
 
     The mean is a weighted sum over past steps divided by the sum of the weights, so that it has no start-up bias. Under
-    ``torch.distributed`` the statistics are summed over all ranks before the update, and the ranks agree.
+    ``torch.distributed`` the statistics are summed over all ranks before the update, and the ranks agree. A step with
+    NaN or an infinite value on any rank is seen in its loss and gradient, and is not counted.
 
     Args:
         decay: Weight of the past at each step, in [0, 1).
@@ -126,8 +127,10 @@ class RunningMean(RunningState):
         total, weight = self.total, self.weight
         # an empty batch changes nothing
         rate = (1 - self.decay) * (count.to(total.dtype).clamp_max(1) if isinstance(count, Tensor) else min(count, 1))
-        total.lerp_(mean.to(total.dtype), rate)
-        weight.lerp_(torch.ones_like(weight), rate)
+        mean = mean.to(total.dtype)
+        finite = (mean - mean == 0).all()  # a tensor: nothing waits for a GPU. What is not finite would stay for ever
+        total.lerp_(torch.where(finite, mean, 0.0), rate)
+        weight.lerp_(finite.to(weight.dtype), rate)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}"

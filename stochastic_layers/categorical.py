@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Distribution, OneHotCategorical
 from torch.distributions.utils import lazy_property
 
 from stochastic_layers.auxiliary import kernels_usable
+from stochastic_layers.noise import double_uniform
 
 __all__ = [
     "draw_categorical",
@@ -119,7 +120,7 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
     blocks = probs.reshape(-1, width)
     totals = _row_sums(blocks).view(*probs.shape[:-1], probs.shape[-1] // width)
     block = _invert(totals, num_samples)  # [..., S]
-    first = torch.arange(0, len(blocks), totals.shape[-1], device=probs.device).view(*probs.shape[:-1], 1)
+    first = torch.arange(0, blocks.shape[0], totals.shape[-1], device=probs.device).view(*probs.shape[:-1], 1)
     members = blocks.index_select(0, (block + first).flatten()).view(*block.shape, width)
     return (_invert(members, 1) + width * block.unsqueeze(-1)).movedim(-2, 0)
 
@@ -134,9 +135,8 @@ def _row_sums(rows: Tensor) -> Tensor:
 
 def _invert(weights: Tensor, num_samples: int) -> Tensor:
     """Draws in proportion to ``weights [..., C]`` by inversion of the cumulative sum: ``[..., S]``."""
-    # mps has no float64
-    cdf = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
-    u = torch.rand(*cdf.shape[:-1], num_samples, dtype=cdf.dtype, device=cdf.device)
+    u = double_uniform((*weights.shape[:-1], num_samples), weights.device)
+    cdf = weights.cumsum(-1, dtype=u.dtype)
     # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
     u = u.mul_(cdf[..., -1:])
     if _eager_on_cpu(cdf) and (u.numel() <= FEW or cdf.shape[-1] > 2 * ONE_LEVEL):
@@ -158,7 +158,7 @@ def one_hot(index: Tensor, like: Tensor) -> Tensor:
     """Vectors ``[..., C]`` of ones at ``index [..., N]`` and zeros, with C, dtype and device of ``like [..., C]``."""
     count = like.shape[-1]
     zeros = torch.zeros(*index.shape[:-1], count, dtype=like.dtype, device=like.device)
-    if index.numel() <= FEW or not _eager_on_cpu(like):
+    if not _eager_on_cpu(like) or index.numel() <= FEW:
         return put(zeros, index, 1.0)
     start = torch.arange(0, zeros.numel(), count).view(*index.shape[:-1], 1)
     zeros.view(-1).index_fill_(0, (start + index).flatten(), 1.0)  # two thirds of the time of scatter_

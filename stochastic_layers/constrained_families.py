@@ -12,6 +12,7 @@ from torch.distributions import Beta, Dirichlet, Distribution, Gamma, LogNormal,
 from stochastic_layers.continuous_families import (
     MAX_CONCENTRATION,
     MAX_LOG_SCALE,
+    STEP,
     ContinuousFamily,
     base_of,
     independent,
@@ -19,7 +20,8 @@ from stochastic_layers.continuous_families import (
 )
 from stochastic_layers.distributions import HypersphericalUniform, Kumaraswamy, PowerSpherical
 from stochastic_layers.families import MAX_LOG_VARIANCE, register_family
-from stochastic_layers.quadrature import product_rule, sphere, unit_interval
+from stochastic_layers.noise import normal
+from stochastic_layers.quadrature import interval_nodes, sphere
 
 __all__ = [
     "BetaFamily",
@@ -53,6 +55,11 @@ class LogNormalFamily(ContinuousFamily):
     def distribution(self, params: Tensor) -> Distribution:
         loc, log_variance = self.split(params)
         return independent(LogNormal(loc, (0.5 * log_variance).exp(), validate_args=False))
+
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        law = base_of(q)
+        z: Tensor = (law.loc + law.scale * normal((num_samples, *law.loc.shape), law.loc)).exp()
+        return z
 
     def mode(self, q: Distribution) -> Tensor:
         mode: Tensor = (base_of(q).loc - base_of(q).scale.square()).exp()
@@ -200,14 +207,16 @@ class DirichletFamily(ContinuousFamily):
         weight = torch.where((above > 0).any(-1, keepdim=True), above, corner)
         return (weight / weight.sum(-1, keepdim=True)).clamp_min(torch.finfo(above.dtype).tiny).flatten(-2)
 
-    def grid(self, q: Distribution, step: float) -> tuple[Tensor, Tensor]:
-        count = self.num_categories or 0
-        sticks, log_weight = product_rule(*unit_interval(step), self.latent_dim * (count - 1), log=True)
-        sticks = sticks.view(-1, self.latent_dim, count - 1)
-        rest = (1 - sticks).cumprod(-1)
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        concentration = base_of(q).concentration  # [*batch, latent_dim, num_categories]
+        left = concentration.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        # each number's share of what those before it have left over is a Beta variable, independent of the others
+        law = Beta(concentration[..., :-1].flatten(-2), left.flatten(-2), validate_args=False)
+        shares, weights = interval_nodes(law, STEP / 2**refinement)
+        shares = shares.reshape(*shares.shape[:-1], *left.shape[-2:])
+        rest = (1 - shares).cumprod(-1)
         ones = torch.ones_like(rest[..., :1])
-        z = torch.cat([sticks, ones], -1) * torch.cat([ones, rest], -1)
-        return z.flatten(1), log_weight + rest[..., :-1].log().sum((-2, -1))  # each stick is a share of what is left
+        return (torch.cat([shares, ones], -1) * torch.cat([ones, rest], -1)).flatten(-2), weights
 
     def standard(self) -> Distribution:
         """Uniform on the simplex."""

@@ -17,15 +17,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Laplace, Normal, StudentT, constraints
+from torch.distributions import Chi2, Distribution, Independent, Laplace, Normal, StudentT, constraints
 
 from stochastic_layers.distributions import Logistic
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
-from stochastic_layers.quadrature import half_line, product_rule, unit_interval
+from stochastic_layers.noise import laplace, normal
+from stochastic_layers.quadrature import half_line, interval_nodes, product_rule
 
 __all__ = [
     "MAX_CONCENTRATION",
     "MAX_LOG_SCALE",
+    "STEP",
     "ContinuousFamily",
     "LaplaceFamily",
     "LogisticFamily",
@@ -39,6 +41,7 @@ __all__ = [
 MIN_CONCENTRATION = 0.1
 MAX_CONCENTRATION = 1e5  # beyond it log-gamma functions in float32 are off by tenths of a nat
 MAX_LOG_SCALE = MAX_LOG_VARIANCE / 2
+STEP = 0.08  # of the rules by which expectations are computed
 
 
 def positive(raw: Tensor) -> Tensor:
@@ -92,7 +95,10 @@ class ContinuousFamily(Family):
 
     def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
         """Points that do not move with params: the gradient flows through the density, unlike that of a draw."""
-        z, log_weight = self.grid(q, 0.08 / 2**refinement)
+        step = STEP / 2**refinement
+        if isinstance(q, Independent) and q.base_dist.support is constraints.unit_interval:
+            return interval_nodes(q.base_dist, step)
+        z, log_weight = self.grid(q, step)
         batch = q.batch_shape
         z = z.to(q.mean.dtype).detach()
         if z.dim() == 2:
@@ -107,8 +113,6 @@ class ContinuousFamily(Family):
             raise ValueError(f"needed a family whose expectations can be computed, got {self.name!r}, without a rule.")
         base = q.base_dist
         support = base.support
-        if support is constraints.unit_interval:
-            return product_rule(*unit_interval(step), self.latent_dim, log=True)
         if support not in (constraints.real, constraints.positive, constraints.nonnegative):
             raise ValueError(f"needed a family on an interval, got {self.name!r} on {support}.")
         half, log_half = half_line(step)
@@ -143,6 +147,11 @@ class LaplaceFamily(_LocationScale):
         loc, log_scale = self.split(params)
         return independent(Laplace(loc, log_scale.exp(), validate_args=False))
 
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        law = base_of(q)
+        z: Tensor = law.loc + law.scale * laplace((num_samples, *law.loc.shape), law.loc)
+        return z
+
     def standard(self) -> Distribution:
         """Loc 0, scale 1."""
         return self.distribution(torch.zeros(self.in_features))
@@ -166,6 +175,22 @@ class LogisticFamily(_LocationScale):
         return self.distribution(torch.zeros(self.in_features))
 
 
+class _UncheckedStudentT(StudentT):
+    """torch's law, whose inner chi-square law checks its values whatever it is told, which waits for the device."""
+
+    def __init__(self, df: Tensor, loc: Tensor, scale: Tensor) -> None:
+        self.df, self.loc, self.scale = df, loc, scale
+        self._chi2 = Chi2(df, validate_args=False)
+        Distribution.__init__(self, df.shape, validate_args=False)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        noise = normal((*sample_shape, *self.loc.shape), self.loc)
+        return self.loc + self.scale * noise * (self._chi2.rsample(sample_shape) / self.df).rsqrt()
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _UncheckedStudentT:
+        return _UncheckedStudentT(*(part.expand(batch_shape) for part in (self.df, self.loc, self.scale)))
+
+
 @register_family
 class StudentTFamily(_LocationScale):
     """Independent Student t variables on the real line; params are the loc, the log-scale and the raw tail weight.
@@ -180,7 +205,7 @@ class StudentTFamily(_LocationScale):
 
     def distribution(self, params: Tensor) -> Distribution:
         loc, log_scale, raw = self.split(params)
-        return independent(StudentT(2 + positive(raw), loc, log_scale.exp(), validate_args=False))
+        return independent(_UncheckedStudentT(2 + positive(raw), loc, log_scale.exp()))
 
     def standard(self) -> Distribution:
         """The standard normal."""

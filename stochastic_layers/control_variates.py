@@ -108,19 +108,28 @@ class RelativeVariance(RunningMean):
     An unbiased estimator's mean does not depend on its control variate, so that the expected squared norm of its
     gradient is its variance plus a constant. Dividing by the running mean makes the objective, and the learning rate
     for it, independent of the units of the cost. Averaged over the batch by the user, as the loss is.
+
+    A control variate that takes away all variance, as a relaxation at a low temperature does for most batches, would
+    divide zero by zero: the derivative grows as the inverse of the gradient, without bound. A millionth of the squared
+    norm without the control variate in the divisor bounds it, and is not felt before the variance is that small.
     """
 
-    def forward(self, gradient: Tensor) -> Tensor:
-        """The objective ``[*leading]`` of a gradient ``[*leading, features]``."""
-        return gradient.square().sum(-1) / self.observe(gradient)
+    def forward(self, gradient: Tensor, without: Tensor) -> Tensor:
+        """The objective ``[*leading]``; see :meth:`observe` for the arguments."""
+        return gradient.square().sum(-1) / self.observe(gradient, without)
 
-    def slope(self, gradient: Tensor) -> Tensor:
+    def slope(self, gradient: Tensor, without: Tensor) -> Tensor:
         """The derivative of the objective ``[*leading, features]``, without gradient, in place of the objective."""
-        return 2 * gradient.detach() / self.observe(gradient)
+        return 2 * gradient.detach() / self.observe(gradient, without)
 
-    def observe(self, gradient: Tensor) -> Tensor:
-        """What the squared norms of this step are divided by, a number; and count them."""
-        energy = gradient.detach().square().sum(-1)
+    def observe(self, gradient: Tensor, without: Tensor) -> Tensor:
+        """What the squared norms of this step are divided by, a number; and count them.
+
+        Args:
+            gradient: ``[*leading, features]``.
+            without: The squared norm ``[*leading]`` of the gradient without the control variate.
+        """
+        energy = gradient.detach().square().sum(-1) + 1e-6 * without.detach()
         batch, rows = mean_over_all_ranks(energy.reshape(-1, 1))
         scale = torch.maximum(self.value, 0.01 * batch)  # one outlier counts at most a hundredfold
         scale = torch.where(self.weight > 0, scale, batch).clamp_min(torch.finfo(torch.float32).tiny).squeeze(0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
@@ -15,7 +13,7 @@ from stochastic_layers.categorical import one_hot
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.noise import exponential
-from stochastic_layers.options import require_two
+from stochastic_layers.options import check_points, require_two
 from stochastic_layers.registry import register
 
 __all__ = ["ARSM", "CARMS", "pair_ratios"]
@@ -137,6 +135,9 @@ class ARSM(StochasticLayer):
         family: ``"categorical"``.
         num_samples: Number of draws of the noise, each with ``C * (C - 1) / 2 + 1`` points.
 
+    Raises:
+        ValueError: The points of one example are more than 2 ** 28 numbers, as with some 800 categories.
+
     References:
         ARSM: Augment-REINFORCE-Swap-Merge Estimator for Gradient Backpropagation Through Categorical Variables
         (Mingzhang Yin, Yuguang Yue, Mingyuan Zhou, 2019), https://arxiv.org/abs/1905.01413
@@ -166,12 +167,15 @@ class ARSM(StochasticLayer):
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
         assert self.num_categories is not None
         size = self.num_categories
-        swaps = [list(range(size))]
-        point = torch.zeros(size, size, dtype=torch.long)  # [C, C], the point of each swap; no swap is point 0
-        for m, j in itertools.combinations(range(size), 2):
-            point[m, j] = point[j, m] = len(swaps)
-            swaps.append([j if c == m else m if c == j else c for c in range(size)])
-        self.register_buffer("swaps", torch.tensor(swaps), persistent=False)  # [T, C]
+        count = size * (size - 1) // 2 + 1
+        check_points("arsm", num_samples * count, self.out_features, "'carms' or 'leave_one_out'")
+        m, j = torch.triu_indices(size, size, 1)
+        number = torch.arange(1, count)  # no swap is point 0
+        swaps = torch.arange(size).repeat(count, 1)  # [T, C]
+        swaps[number, m], swaps[number, j] = j, m
+        point = torch.zeros(size, size, dtype=torch.long)  # [C, C], the point of each swap
+        point[m, j] = point[j, m] = number
+        self.register_buffer("swaps", swaps, persistent=False)
         self.register_buffer("point", point, persistent=False)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:

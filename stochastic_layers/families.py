@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
-from stochastic_layers.noise import below
+from stochastic_layers.noise import below, double_uniform
 from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.quadrature import gauss_hermite, product_rule
@@ -261,7 +261,7 @@ class BernoulliFamily(Family):
         if probs.device.type != "cpu":
             return torch.bernoulli(probs.expand(num_samples, *probs.shape))
         # the same law, to the last of 53 bits: torch's own loop on a CPU takes up to 2.5 times as long
-        return below(torch.rand(num_samples, *probs.shape, dtype=torch.float64), probs).to(probs.dtype)
+        return below(double_uniform((num_samples, *probs.shape), probs.device), probs).to(probs.dtype)
 
     def mode(self, q: Distribution) -> Tensor:
         logits: Tensor = _base(q).logits

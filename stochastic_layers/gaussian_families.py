@@ -12,6 +12,7 @@ from torch.distributions import Distribution, LowRankMultivariateNormal, Multiva
 
 from stochastic_layers.continuous_families import ContinuousFamily, standard_normal
 from stochastic_layers.families import MAX_LOG_VARIANCE, gaussian_nodes, register_family
+from stochastic_layers.noise import normal
 from stochastic_layers.options import check_positive_int
 
 __all__ = ["FullGaussianFamily", "LowRankGaussianFamily"]
@@ -72,6 +73,11 @@ class FullGaussianFamily(_MultivariateGaussian):
         factor = factor.flatten(-2).scatter(-1, index, lower).reshape(factor.shape)
         return MultivariateNormal(loc, scale_tril=factor, validate_args=False)
 
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        assert isinstance(q, MultivariateNormal)
+        noise = normal((num_samples, *q.loc.shape, 1), q.loc)
+        return q.loc + (q.scale_tril @ noise).squeeze(-1)
+
 
 @register_family
 class LowRankGaussianFamily(_MultivariateGaussian):
@@ -112,3 +118,10 @@ class LowRankGaussianFamily(_MultivariateGaussian):
         loc, log_variance, factor = self.split(params)
         factor = factor.reshape(*factor.shape[:-1], self.latent_dim, self.rank)
         return LowRankMultivariateNormal(loc, factor, log_variance.exp(), validate_args=False)
+
+    def rsample(self, q: Distribution, num_samples: int) -> Tensor:
+        assert isinstance(q, LowRankMultivariateNormal)
+        shared = normal((num_samples, *q.loc.shape[:-1], self.rank, 1), q.loc)
+        own = normal((num_samples, *q.loc.shape), q.loc)
+        z: Tensor = q.loc + (q.cov_factor @ shared).squeeze(-1) + q.cov_diag.sqrt() * own
+        return z

@@ -11,6 +11,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, gaussian_nodes, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.noise import normal
 from stochastic_layers.options import check_positive
 from stochastic_layers.registry import register
 
@@ -47,7 +48,7 @@ class InvertibleGaussianDistribution(Distribution):
         return InvertibleGaussianDistribution(self.loc.expand(shape), self.scale.expand(shape), self.temperature)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self.to_simplex(self.normal.rsample(torch.Size(sample_shape)))
+        return self.to_simplex(self.loc + self.scale * normal((*sample_shape, *self.loc.shape), self.loc))
 
     def log_prob(self, value: Tensor) -> Tensor:
         # a coordinate that has rounded to zero counts as the smallest positive number

@@ -18,7 +18,7 @@ from stochastic_layers.captures import innermost
 from stochastic_layers.families import Family, create_family
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import recomputing, refuse_reentrant
-from stochastic_layers.registry import nearest
+from stochastic_layers.registry import known_families, nearest
 
 __all__ = ["Sample", "StochasticLayer", "sum_rightmost"]
 
@@ -30,9 +30,7 @@ def sum_rightmost(tensor: Tensor, ndim: int) -> Tensor:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Autocast off; where it is off already nothing is entered, which would cost as much as a small layer's kernel."""
-    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,9 +157,10 @@ class StochasticLayer(nn.Module, ABC):
         super().__init__()
         name = str(family.get("name") if isinstance(family, Mapping) else family)
         if name not in self.families:
+            known = known_families()
+            advice = f"see sl.list_layers(family={name!r})." if name in known else nearest(name, known)
             raise ValueError(
-                f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; "
-                f"{nearest(name, self.families)} See sl.list_layers(family={name!r})."
+                f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; {advice}"
             )
         self.num_samples = check_positive_int("num_samples", num_samples)
         self.family: Family = create_family(family, latent_dim, num_categories)
@@ -215,6 +214,8 @@ class StochasticLayer(nn.Module, ABC):
 
         Raises:
             ValueError: Wrong shape or dtype, or NaN or infinite values.
+            RuntimeError: The layer gets a gradient from the cost or from an auxiliary loss, and reentrant activation
+                checkpointing around it computes it again.
         """
         if not (context is None or isinstance(context, Tensor)):
             raise ValueError(f"needed a tensor [*batch, F] as context, got {type(context).__name__}.")
@@ -224,6 +225,8 @@ class StochasticLayer(nn.Module, ABC):
         with _without_autocast(prepared.device.type):
             if self.training:
                 sample = self.draw(prepared, context)
+                if ("cost" in self.needs or sample.aux) and recomputing() and torch.is_grad_enabled():
+                    refuse_reentrant()
             else:
                 q = self.law(prepared.detach())
                 z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
@@ -250,11 +253,9 @@ class StochasticLayer(nn.Module, ABC):
             RuntimeError: The layer needs the cost, is in training mode with gradients on, and no ``sl.capture()`` is
                 open, so that its gradient would silently be zero.
         """
-        samples = innermost()
-        needs_cost = "cost" in self.needs and self.training and torch.is_grad_enabled()
-        if needs_cost and recomputing():  # a recomputation is of a call that was captured
-            refuse_reentrant()
-        elif samples is None and needs_cost:
+        again = recomputing()  # whoever captures the call has its sample
+        samples = None if again else innermost()
+        if samples is None and not again and "cost" in self.needs and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self.name or type(self).__name__!r} gets its gradient from the cost and was called outside "
                 "sl.capture(): the encoder would not train. Write `with sl.capture() as samples: ...` and "

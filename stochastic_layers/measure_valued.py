@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.noise import exponential
+from stochastic_layers.options import check_points
 from stochastic_layers.registry import register
 
 __all__ = ["MeasureValued"]
@@ -28,12 +29,17 @@ class MeasureValued(StochasticLayer):
     not; unbiased. The price: ``4 * latent_dim`` auxiliary points, of weight 0, for every draw. A bit needs no such
     layer: its weak derivative is ``f(1) - f(0)``, the local expectation gradient.
 
-    The cost must keep one value per batch element, because every element has its own auxiliary points.
+    The cost must keep one value per batch element, because every element has its own auxiliary points. Where it
+    overflows at one of them the gradient is infinite, and the loss of that element, which shows it, NaN: compute a cost
+    that grows fast in float32.
 
     Args:
         latent_dim: Number of latent variables D.
         family: ``"gaussian"``, or ``"log_normal"`` (the exponentials of the same points).
         num_samples: Number S of draws per example. z holds the S draws, then the ``4 D S`` auxiliary points.
+
+    Raises:
+        ValueError: The points of one example are more than 2 ** 28 numbers, as with 8,192 latent variables.
 
     References:
         Monte Carlo Gradient Estimation in Machine Learning (Shakir Mohamed, Mihaela Rosca, Michael Figurnov, Andriy
@@ -60,6 +66,7 @@ class MeasureValued(StochasticLayer):
 
     def __init__(self, latent_dim: int, *, family: str = "gaussian", num_samples: int = 1) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
+        check_points("measure_valued", num_samples * (4 * latent_dim + 1), latent_dim, "'pathwise' or 'leave_one_out'")
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)

@@ -1,4 +1,4 @@
-"""Standard noise that is fast on a CPU and fine in its tails: Gumbel and logistic variables."""
+"""Standard noise that is fast on a CPU, fine in its tails, and drawn under ``torch.compile`` and ``vmap`` as well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochastic_layers.auxiliary import kernels_usable
 
-__all__ = ["below", "exponential", "log_exponential", "logistic", "uniform"]
+__all__ = ["below", "double_uniform", "exponential", "laplace", "log_exponential", "logistic", "normal", "uniform"]
 
 
 def fast_integers(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -46,6 +46,19 @@ def _uniform(shape: Sequence[int], like: Tensor, *, negative: bool = False) -> T
     return floats.copy_(integers).mul_(scale)
 
 
+def double_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uniform in [0, 1) with 53 bits, in float64; in float32 on a device that has no other.
+
+    A compiled ``torch.rand`` is a float32 number whatever its dtype: near 1 there are none between multiples of
+    ``2 ** -24``, and of three categories of probability 2e-8 two would never be drawn.
+    """
+    if device.type == "mps":
+        return torch.rand(*shape, device=device)
+    if torch.compiler.is_compiling():
+        return torch.randint(2**53, tuple(shape), device=device).to(torch.float64).mul_(2.0**-53)
+    return torch.rand(*shape, dtype=torch.float64, device=device)
+
+
 def below(u: Tensor, probs: Tensor) -> Tensor:
     """``u < probs`` as ones and zeros of the dtype of ``u``, which is overwritten.
 
@@ -57,6 +70,14 @@ def below(u: Tensor, probs: Tensor) -> Tensor:
 def uniform(shape: Sequence[int], like: Tensor) -> Tensor:
     """Uniform between 0 and 1, neither of them, and fine near 0; of the dtype and device of ``like``."""
     return _uniform(shape, like, negative=True).neg_()
+
+
+def normal(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A standard normal variable, of the dtype and device of ``like``.
+
+    The numbers are those of ``torch.distributions``, which however draws them in place: ``vmap`` does not allow that.
+    """
+    return torch.randn(*shape, dtype=like.dtype, device=like.device)
 
 
 def exponential(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -72,6 +93,12 @@ def exponential(shape: Sequence[int], like: Tensor) -> Tensor:
 def log_exponential(shape: Sequence[int], like: Tensor) -> Tensor:
     """log E for E standard exponential, of the dtype and device of ``like``; its negative is a Gumbel variable."""
     return exponential(shape, like).log_()
+
+
+def laplace(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A standard Laplace variable, of the dtype and device of ``like``: fine in its tails."""
+    u = _uniform(shape, like)
+    return u.abs().log_().copysign_(u)
 
 
 def logistic(shape: Sequence[int], like: Tensor) -> Tensor:

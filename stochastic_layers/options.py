@@ -8,8 +8,9 @@ from numbers import Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_kinds", "check_positive", "check_positive_int", "check_values", "require_two"]
+__all__ = ["check_kinds", "check_points", "check_positive", "check_positive_int", "check_values", "require_two"]
 
+MAX_NUMBERS = 2**28  # in the points of one example: 1 GiB of float32
 LARGEST = 2**31 - 1  # no size of a layer is larger; torch and Python loops would answer in ways of their own
 
 
@@ -43,6 +44,25 @@ def check_positive(name: str, value: float, advice: str = "", *, or_zero: bool =
     if not (0 < number < math.inf or (or_zero and number == 0)):
         raise ValueError(f"needed {name} {'>=' if or_zero else '>'} 0, got {value!r}{'; ' if advice else ''}{advice}.")
     return value
+
+
+def check_points(name: str, points: int, features: int, advice: str) -> None:
+    """Refuse a layer whose points do not fit into memory, be it for a single example.
+
+    Args:
+        name: Of the layer, for the message.
+        points: Number of points of an example.
+        features: Numbers of a point.
+        advice: What to use instead.
+
+    Raises:
+        ValueError: They are more than 2 ** 28 numbers.
+    """
+    if points * features > MAX_NUMBERS:
+        raise ValueError(
+            f"needed at most {MAX_NUMBERS} numbers in the points of an example for {name!r}, got {points} points of "
+            f"{features}; use {advice}."
+        )
 
 
 def require_two(num_samples: int) -> None:

@@ -6,8 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-__all__ = ["gauss_hermite", "gauss_legendre", "half_line", "product_rule", "sphere", "unit_interval"]
+__all__ = ["gauss_hermite", "gauss_legendre", "half_line", "interval_nodes", "product_rule", "sphere", "unit_interval"]
 
 
 def _golub_welsch(off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,11 +37,40 @@ def half_line(step: float) -> tuple[Tensor, Tensor]:
 
 
 def unit_interval(step: float) -> tuple[Tensor, Tensor]:
-    """Tanh-sinh rule on (0, 1), as far as 1 - x is a number: nodes, log weights."""
-    t = torch.arange(-3.08, 3.1, step, dtype=torch.float64)
+    """Tanh-sinh rule on (0, 1), as far as 1 - x is a number: nodes, log weights.
+
+    What a law with a singularity at 1 has beyond the last node may well be 1e-5; see :func:`interval_nodes`.
+    """
+    t = torch.arange(-5.3, 3.1, step, dtype=torch.float64)
     logit = math.pi * t.sinh()
     derivative = torch.nn.functional.logsigmoid(logit) + torch.nn.functional.logsigmoid(-logit)
     return torch.sigmoid(logit), derivative + (math.pi * step * t.cosh()).log()
+
+
+def interval_nodes(law: Distribution, step: float) -> tuple[Tensor, Tensor]:
+    """The product rule for the expectation under independent laws on (0, 1).
+
+    The mass at either end is on one node: below 1e-15, and near 1, where hardly a number is left, all that is on no
+    other node. The weights of each variable have sum 1, and so have their products.
+
+    Args:
+        law: Batch shape ``[*batch, D]``.
+        step: Step of :func:`unit_interval`.
+
+    Returns:
+        Nodes ``[N, *batch, D]`` and weights ``[N, *batch]``, differentiable in the parameters of the law.
+    """
+    x, log_volume = (t.view(-1, *[1] * len(law.batch_shape)) for t in unit_interval(step))  # float64, whatever the law
+    weights = (law.log_prob(x) + log_volume).exp()
+    end = int((x < 1e-15).sum())
+    weights = torch.cat([weights[:end].sum(0, keepdim=True), weights[end:-1]])
+    weights = torch.cat([weights, 1 - weights.sum(0, keepdim=True)])  # [n, *batch, D]
+    dim = law.batch_shape[-1]
+    index = product_rule(torch.arange(len(weights)), torch.ones(len(weights)), dim)[0]  # [N, D]
+    points = x.flatten()[end - 1 :][index].view(-1, *[1] * (len(law.batch_shape) - 1), dim)
+    each = torch.stack([weights[index[:, d], ..., d] for d in range(dim)], -1)
+    dtype = law.mean.dtype
+    return points.to(dtype).expand(-1, *law.batch_shape), each.prod(-1).to(dtype)
 
 
 def sphere(dim: int, count: int) -> tuple[Tensor, Tensor]:

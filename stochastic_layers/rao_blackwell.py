@@ -10,6 +10,7 @@ from torch import Tensor
 from stochastic_layers.categorical import draw_categorical, log_softmax, one_hot, softmax
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
+from stochastic_layers.options import check_points
 from stochastic_layers.registry import register
 
 __all__ = ["CoordinateFlip", "LocalExpectation"]
@@ -80,6 +81,9 @@ class LocalExpectation(_FlipLayer):
         num_categories: Number of categories C of a categorical variable; a bit has 2.
         num_samples: Number of draws per example, each with its auxiliary points.
 
+    Raises:
+        ValueError: The points of one example are more than 2 ** 28 numbers, as with some 16,000 categories.
+
     References:
         Local Expectation Gradients for Black Box Variational Inference (Michalis Titsias, Miguel Lázaro-Gredilla,
         2015), https://proceedings.neurips.cc/paper/2015/hash/1373b284bc381890049e92d324f56de0-Abstract.html
@@ -99,6 +103,18 @@ class LocalExpectation(_FlipLayer):
         "Local Expectation Gradients for Black Box Variational Inference (Titsias and Lázaro-Gredilla, 2015). "
         "https://proceedings.neurips.cc/paper/2015/hash/1373b284bc381890049e92d324f56de0-Abstract.html"
     )
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        family: str = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
+    ) -> None:
+        super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+        points = num_samples * (1 + latent_dim * ((num_categories or 2) - 1))
+        check_points("local_expectation", points, self.out_features, "'coordinate_flip' or 'leave_one_out'")
 
     def _bit_flips(self, draws: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         eye = torch.eye(self.latent_dim, dtype=draws.dtype, device=draws.device)

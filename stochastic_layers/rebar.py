@@ -23,7 +23,7 @@ from stochastic_layers.noise import log_exponential, logistic
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
 
-__all__ = ["Rebar", "couple", "pairs", "pathwise_difference", "relax", "through_conditional"]
+__all__ = ["Rebar", "couple", "pairs", "pathwise_difference", "relax", "squared_norm", "through_conditional"]
 
 
 def couple(family: Family, params: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +80,12 @@ def through_conditional(family: Family, mean: Tensor, slope: Tensor, vector: Ten
 def pairs(tensor: Tensor) -> Tensor:
     """``[2 S, ...]`` -> ``[2, S, ...]``."""
     return tensor.reshape(2, tensor.shape[0] // 2, *tensor.shape[1:])
+
+
+def squared_norm(cost: Tensor, score: Tensor) -> Tensor:
+    """``[*lead]`` of the terms of REINFORCE, from the cost ``[S, *lead]`` and the score ``[S, *lead, features]``."""
+    norm: Tensor = cost.detach() * torch.linalg.vector_norm(score, dim=-1)
+    return norm.square().mean(0)
 
 
 def pathwise_difference(
@@ -196,7 +202,8 @@ class Rebar(TemperedLayer):
             if not tuned:
                 return term
             own = [t for t in (tau, eta) if t.requires_grad]
-            at_points, *at_own = torch.autograd.grad(self.variance(estimate).sum(), [points, *own], retain_graph=True)
+            objective = self.variance(estimate, squared_norm(cost[:draws], score)).sum()
+            at_points, *at_own = torch.autograd.grad(objective, [points, *own], retain_graph=True)
             term = term + sum_rightmost((at_points[draws:] * relaxed).sum((0, -1)), ndim - 1)  # by y, through tau
             for value, slope_of in zip(own, at_own, strict=True):
                 term = term + (value * slope_of).sum(-1)

@@ -52,6 +52,9 @@ def refuse_recomputation(state: str) -> None:
 def refuse_reentrant() -> None:
     """Stop where reentrant checkpointing recomputes the caller: its forward pass had no gradients to carry.
 
+    Its sample is with whoever computes the loss, and nothing that happens in the backward pass gets there: the credit
+    of the draws and the auxiliary losses would be lost.
+
     Raises:
         RuntimeError: It does.
     """
@@ -60,8 +63,8 @@ def refuse_reentrant() -> None:
         if caller.f_code is CheckpointFunction.backward.__code__:
             raise RuntimeError(
                 "needed activation checkpointing with use_reentrant=False, got reentrant checkpointing around a layer "
-                "that gets its gradient from the cost: its forward pass ran without gradients, and the encoder would "
-                "not train."
+                "that gets a gradient from the cost or from an auxiliary loss: its forward pass ran without gradients, "
+                "so that this one would be lost."
             )
         caller = caller.f_back
 

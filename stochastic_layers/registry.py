@@ -15,7 +15,7 @@ from stochastic_layers.options import check_kinds, check_values
 if TYPE_CHECKING:
     from stochastic_layers.layer import StochasticLayer
 
-__all__ = ["Description", "create", "describe", "layer_class", "list_layers", "nearest", "register"]
+__all__ = ["Description", "create", "describe", "known_families", "layer_class", "list_layers", "nearest", "register"]
 
 ENTRY_POINT_GROUP = "stochastic_layers.layers"
 NEEDS = ("cost", "cost_gradient", "relaxable_cost")
@@ -169,6 +169,12 @@ def create(name: str, **options: Any) -> StochasticLayer:
     return layer
 
 
+def known_families() -> set[str]:
+    """The names of the families that any registered layer accepts."""
+    _load_entry_points()
+    return {family for cls in _LAYERS.values() for family in cls.families}
+
+
 def list_layers(
     *,
     family: str | None = None,
@@ -190,9 +196,9 @@ def list_layers(
     _load_entry_points()
     if needs is not None and needs not in NEEDS:
         raise ValueError(f"needed one of {NEEDS} as needs, got {needs!r}.")
-    known_families = {f for cls in _LAYERS.values() for f in cls.families}
-    if family is not None and family not in known_families:
-        raise ValueError(f"needed the name of a family, got {family!r}; {nearest(family, known_families)}")
+    known = known_families()
+    if family is not None and family not in known:
+        raise ValueError(f"needed the name of a family, got {family!r}; {nearest(family, known)}")
     return sorted(
         name
         for name, cls in _LAYERS.items()

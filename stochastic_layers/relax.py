@@ -21,7 +21,7 @@ from stochastic_layers.control_variates import (
 )
 from stochastic_layers.layer import Sample, sum_rightmost
 from stochastic_layers.options import check_positive_int
-from stochastic_layers.rebar import Rebar, couple, pairs, pathwise_difference, relax
+from stochastic_layers.rebar import Rebar, couple, pairs, pathwise_difference, relax, squared_norm
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
 
@@ -156,9 +156,9 @@ class Relax(TemperedLayer):
             value, pulls = (spread.to(cost.dtype) * part for part in self._network_part(relaxed, context, ndim))
             difference = pathwise_difference(family, joined(relaxed, ndim + 1), pulls, tau, center, slopes)
             learned = (difference - value.unsqueeze(-1) * score).mean(0)  # with graph to network and temperature alone
+            centred = cost[:draws].detach() - level.to(cost.dtype)
             if gradient is None:
-                residual = cost[:draws].detach() - level.to(cost.dtype)
-                given = (residual.unsqueeze(-1) * score).mean(0)
+                given = (centred.unsqueeze(-1) * score).mean(0)
             else:
                 own_tau = tau.expand(*cost.shape[1:], 1)  # one copy per example, which keeps its own objective
                 relaxed_points, pulls = (pairs(joined(t, ndim)[draws:]) for t in (points, gradient))
@@ -167,7 +167,7 @@ class Relax(TemperedLayer):
                 given = (difference + residual.unsqueeze(-1) * score).mean(0)  # with graph to points and own_tau
             self.moments.observe(cost[:draws])
             estimate = given + learned
-            term, weight = inject(estimate, params), self.variance.slope(estimate)
+            term, weight = inject(estimate, params), self.variance.slope(estimate, squared_norm(centred, score))
             if not estimate.requires_grad:
                 return term
             # the objective to first order, so that each part is differentiated by itself

@@ -161,8 +161,9 @@ class Rodeo(StochasticLayer):
             controls = torch.stack([-(others.unsqueeze(-1) * score).mean(0), second.mean(0)])
             self.coefficients.observe(estimate, controls.detach())
             alpha, beta = coefficients.to(cost.dtype)
+            without = estimate.square().sum(-1)
             estimate = estimate + alpha * controls[0] + beta * controls[1]
-            objective: Tensor = self.variance(estimate)  # all but the network is detached
+            objective: Tensor = self.variance(estimate, without)  # all but the network is detached
             return inject(estimate, params) + objective
 
         return self._sample(q, points, credit=credit)

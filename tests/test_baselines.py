@@ -98,6 +98,54 @@ def test_an_empty_batch_changes_nothing():
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
+WITH_RUNNING_MEANS = {
+    "reinforce": {"baseline": "moving_average"},
+    "nvil": {"baseline": "moving_average"},
+    "rebar": {},
+    "relax": {"control_variate": "both"},
+    "double_cv": {},
+    "rodeo": {},
+}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("name", WITH_RUNNING_MEANS)
+def test_an_infinite_cost_is_seen_in_its_own_step_and_in_no_later_one(name, bad):
+    layer = sl.create(name, latent_dim=3, **WITH_RUNNING_MEANS[name])
+    means = [m for m in layer.modules() if isinstance(m, RunningMean)]
+
+    def train(shift):
+        params = torch.zeros(4, 3, requires_grad=True)
+        sample = layer.sample(params)
+        loss = sample.surrogate((sample.z - torch.tensor([0.2, 0.5, 0.9])).square().sum(-1) + shift)
+        loss.sum().backward()
+        return loss.detach(), params.grad, [m.value for m in means]
+
+    for _ in range(3):
+        *_, before = train(0.0)
+    loss, gradient, after = train(torch.tensor([0.0, bad, 0.0, 0.0]))
+    assert means and not bool(loss.isfinite().all()) and not bool(gradient.isfinite().all())
+    torch.testing.assert_close(after, before)
+    loss, gradient, later = train(0.0)
+    assert bool(loss.isfinite().all()) and bool(gradient.isfinite().all())
+    assert all(not torch.equal(new, old) for new, old in zip(later, before, strict=True))  # they go on
+
+
+@pytest.mark.parametrize(("name", "options"), [("reinforce", {"baseline": "learned"}), ("nvil", {}), ("relax", {})])
+def test_a_context_that_is_not_finite_is_seen_in_the_loss_of_its_step_and_in_no_later_one(name, options):
+    """The value that the loss adds its gradient to is finite; what the gradient comes from is not."""
+    layer, context = sl.create(name, latent_dim=3, **options), torch.randn(4, 3)
+    for bad in (float("nan"), float("inf"), 0.5):
+        context[1, 0] = bad
+        params = torch.zeros(4, 3, requires_grad=True)
+        sample = layer.sample(params, context)
+        loss = sample.surrogate(sample.z.sum(-1))
+        loss.sum().backward()
+        wrong = not bool(params.grad.isfinite().all())
+        assert wrong == (not bool(loss.isfinite().all()))
+    assert not wrong
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_smaller_last_batch_is_no_trouble(name):
     layer, params = reinforce(name)
@@ -141,6 +189,14 @@ def test_learned_baseline_is_fitted_to_the_cost_and_trains_nothing_else():
     by_hand = ((value - prediction).detach().unsqueeze(-1) * score).mean(0) / 2
     assert torch.allclose(leaf.grad, by_hand)
     assert torch.allclose(cost.theta.grad, plain)
+
+
+def test_a_learned_baseline_predicts_a_summed_cost_by_the_sum_of_its_predictions():
+    baseline = LearnedBaseline(2)
+    context = torch.randn(5, 3, 2)
+    each = baseline(torch.zeros(4, 5, 3), context)
+    assert each.shape == (5, 3)
+    torch.testing.assert_close(baseline(torch.zeros(4, 5), context), each.sum(-1))
 
 
 def test_a_module_of_the_user_is_a_baseline():

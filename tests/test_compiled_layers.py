@@ -188,6 +188,36 @@ def test_a_capture_of_another_thread_collects_nothing_from_compiled_code():
     assert len(mine) == 1 and theirs == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("leave_one_out", {}),
+        pytest.param("nvil", {"family": "gaussian", "baseline": "none"}, marks=pytest.mark.slow),
+        pytest.param("sum_and_sample", {"num_exact": 1}, marks=pytest.mark.slow),
+        pytest.param("unordered_set", {"num_samples": 2}, marks=pytest.mark.slow),
+        ("carms", {"num_categories": 3}),
+    ],
+    ids=str,
+)
+def test_draws_that_a_compiled_model_changes_in_place_have_the_gradient_of_draws_that_it_does_not(name, options):
+    """Eager code refuses them; compiled code copies the draws where they are changed."""
+
+    def gradient(shifted):
+        torch.manual_seed(0)
+        layer = sl.create(name, **LATENTS, **options)
+        params = torch.randn(4, layer.in_features, requires_grad=True)
+        weights = torch.linspace(-0.5, 1, layer.out_features)
+
+        def step(params):
+            sample = layer.sample(params)
+            return sample.surrogate((shifted(sample.z) * weights).sum(-1).square()).mean()
+
+        return torch.autograd.grad(whole(step)(params), params)[0]
+
+    apart, in_place = gradient(lambda z: 2 * z - 0.8), gradient(lambda z: z.mul_(2).sub_(0.8))
+    assert torch.equal(apart, in_place) and bool(apart.any())
+
+
 def test_depths_of_nesting_are_not_compiled_one_by_one():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model_of("gaussian"), backend=counter)

@@ -55,8 +55,21 @@ def test_constant_cost_gives_exactly_no_gradient(name, num_samples):
 
 def test_the_squared_norm_of_a_gradient_that_underflows_has_a_finite_slope():
     """At a temperature of 1e-3 all gradients of a batch may be as small; the parameters it trains are float32."""
-    slope = RelativeVariance().slope(torch.full((4, 3), 1e-170, dtype=torch.float64))
+    slope = RelativeVariance().slope(torch.full((4, 3), 1e-170, dtype=torch.float64), torch.zeros(4))
     assert bool(torch.isfinite(slope.float()).all())
+
+
+@pytest.mark.parametrize("options", [BITS, CATEGORIES], ids=str)
+@pytest.mark.parametrize(("name", "own"), [("rebar", {}), ("relax", {"control_variate": "both"})])
+def test_a_control_variate_that_takes_all_variance_away_has_own_gradients_of_moderate_size(name, own, options):
+    """At a low temperature relaxed and hard cost are the same, to many digits, in most batches of a few examples."""
+    largest = 0.0
+    for _ in range(100):
+        layer = sl.create(name, temperature=0.01, **own, **options)
+        sample = layer.sample(torch.randn(2, layer.in_features, requires_grad=True))
+        sample.surrogate((sample.z - 0.45).square().sum(-1)).mean().backward()
+        largest = max(largest, *(float(p.grad.abs().max()) for p in layer.parameters() if p.grad is not None))
+    assert 1.0 < largest < 1e5
 
 
 @pytest.mark.parametrize(("name", "options"), MAIN, ids=str)

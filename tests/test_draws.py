@@ -1,6 +1,7 @@
 """Exact draws and their noise: laws against scipy, tails, many categories; kernels against plain formulas."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from stochastic_layers.categorical import (
     one_hot_categorical,
     softmax,
 )
-from stochastic_layers.noise import _uniform, log_exponential, logistic
+from stochastic_layers.noise import _uniform, double_uniform, laplace, log_exponential, logistic
 
 double = torch.float64
 FALSE_ALARM = 1e-5  # of each test of a law
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
 
 def chi_square(counts, probs):
@@ -128,7 +131,23 @@ def test_noise_follows_its_law(dtype):
     assert gumbel.dtype == dtype
     assert stats.kstest(gumbel, "gumbel_r").pvalue > FALSE_ALARM
     assert stats.kstest(logistic((200_000,), like), "logistic").pvalue > FALSE_ALARM
+    assert stats.kstest(laplace((200_000,), like), "laplace").pvalue > FALSE_ALARM
     assert stats.kstest(gumbel + 0.02, "gumbel_r").pvalue < FALSE_ALARM  # a shift by 2 % is seen
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_all_53_bits_of_a_uniform_are_random_compiled_too(compiled):
+    def draw():
+        return double_uniform((2, 50_000), torch.device("cpu"))
+
+    first, second = (torch.compile(draw, fullgraph=True) if compiled else draw)()
+    assert stats.kstest(first, "uniform").pvalue > FALSE_ALARM
+    assert not torch.equal(first, second)
+    digits = (first * 2**53).long()
+    assert torch.equal(digits.double() * 2.0**-53, first)
+    ones = [int((digits >> place & 1).sum()) for place in range(53)]
+    assert min(stats.binomtest(n, 50_000).pvalue for n in ones) > FALSE_ALARM / 53  # of a float32 the lowest are zeros
 
 
 def test_tails_of_the_noise_are_finer_than_float32_near_one(monkeypatch):
@@ -139,6 +158,8 @@ def test_tails_of_the_noise_are_finer_than_float32_near_one(monkeypatch):
     assert 0 < u[0] < 1e-9 and u[3] < 1 and u[2] == -u[0] and u[4] == -u[3]
     torch.testing.assert_close(u[1], 3 * u[0])
     assert bool(log_exponential((5,), like).isfinite().all()) and bool(logistic((5,), like).isfinite().all())
+    z = laplace((5,), like)
+    assert z[0] < 21.6 and z[0] > 21 and z[2] == -z[0] and z[3] > 0 and z[4] == -z[3]
     monkeypatch.undo()
     draws = 4_000_000
     rare = logistic((draws,), like).abs() > 14

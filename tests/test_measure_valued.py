@@ -43,6 +43,20 @@ def test_constant_cost_gives_exactly_no_gradient():
     assert bool((params.grad == 0).all())
 
 
+@pytest.mark.parametrize("family", sl.MeasureValued.families)
+def test_a_cost_that_overflows_at_an_auxiliary_point_is_seen_in_the_loss_as_in_the_gradient(family):
+    layer = sl.create("measure_valued", latent_dim=2, family=family)
+    params = torch.zeros(500, 4, dtype=torch.float16, requires_grad=True)
+    sample = layer.sample(params)
+    cost = (sample.z.square() * (9000 if family == "gaussian" else 900)).sum(-1)
+    drawn, auxiliary = cost[:1].isfinite().all(0), cost[1:].isfinite().all(0)
+    assert bool((drawn & ~auxiliary).any()) and bool(auxiliary.any())
+    loss = sample.surrogate(cost)
+    loss.sum().backward()
+    assert torch.equal(loss.isfinite(), drawn & auxiliary)
+    assert torch.equal(params.grad.isfinite().all(-1), auxiliary)
+
+
 class WrongConstant(sl.MeasureValued):
     def _offsets(self, like):
         return super()._offsets(like) * torch.tensor([1.1, 1.1, 1, 1], dtype=like.dtype).view(4, 1, 1, 1, 1)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_layers as sl
 from lightning_modules import ELBO
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
+from stochastic_layers.baselines import RunningMean
 from stochastic_layers.control_variates import CostMoments, RelativeVariance
 
 
@@ -68,7 +69,7 @@ def test_statistics_of_a_control_variate_are_joint_from_the_first_step(monkeypat
     energies = torch.cat([mine, other]).square()
     with monkeypatch.context() as patch:
         FakeRanks(patch, torch.tensor([16.0, 1.0]))  # the sum of the other rank's squares, and its rows
-        objective = RelativeVariance()(mine)
+        objective = RelativeVariance()(mine, torch.zeros(2))
     torch.testing.assert_close(objective, mine.square().squeeze(-1) / energies.mean())
     costs = torch.tensor([[1.0, 2.0], [4.0, 9.0]])  # a row of each rank; their mean is 4
     sums = iter([torch.tensor([13.0, 2.0]), torch.tensor([25.0, 2.0])])  # of the other one
@@ -79,6 +80,17 @@ def test_statistics_of_a_control_variate_are_joint_from_the_first_step(monkeypat
         moments.observe(costs[:1])
     torch.testing.assert_close(moments.mean, costs.mean().view(1))
     torch.testing.assert_close(moments.std.square(), costs.var(correction=0).view(1))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_infinite_cost_of_another_rank_is_counted_on_no_rank(monkeypatch, bad):
+    """Else their baselines would differ from there on."""
+    running = RunningMean()
+    running.update(torch.tensor([[3.0]]))
+    with monkeypatch.context() as patch:
+        FakeRanks(patch, torch.tensor([bad, 1.0]))
+        running.update(torch.tensor([[5.0]]))
+    torch.testing.assert_close(running.value, torch.tensor([3.0]))
 
 
 def test_ranks_with_different_numbers_of_batches_are_refused(monkeypatch):

@@ -47,8 +47,13 @@ def test_a_missing_latent_dim_is_named():
 
 
 def test_a_family_that_the_layer_lacks_names_those_it_has():
-    with pytest.raises(ValueError, match=r"supports the families \('gaussian',\), got 'bernoulli'"):
+    advice = r"supports the families \('gaussian',\), got 'bernoulli'; see sl.list_layers\(family='bernoulli'\)\.$"
+    with pytest.raises(ValueError, match=advice):
         sl.create("gaussian", latent_dim=2, family="bernoulli")
+    with pytest.raises(ValueError, match=r"got 'catgorical'; did you mean 'categorical'"):
+        sl.create("arms", latent_dim=2, family="catgorical")
+    with pytest.raises(ValueError, match=r"got 'xyz'; valid names: 'bernoulli', .*'quantized'"):
+        sl.create("gaussian", latent_dim=2, family="xyz")
     with pytest.raises(ValueError, match="needed num_categories >= 2"):
         sl.create("straight_through", latent_dim=2, family="categorical")
     with pytest.raises(ValueError, match="has no num_categories"):
@@ -216,3 +221,10 @@ def test_an_entry_point_whose_name_is_taken_does_not_replace_the_layer(install):
     with pytest.warns(RuntimeWarning, match="needed a name that is free, got 'reinforce'"):
         assert "coin" in sl.list_layers()
     assert isinstance(sl.create("reinforce", latent_dim=2), sl.Reinforce)
+
+
+def test_a_layer_prints_its_options():
+    assert "num_categories=4" in repr(
+        sl.create("straight_through", latent_dim=2, family="categorical", num_categories=4)
+    )
+    assert "num_categories" not in repr(sl.create("straight_through", latent_dim=2))
