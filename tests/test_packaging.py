@@ -67,7 +67,6 @@ def run_python(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-
 def test_no_callback_is_put_into_the_trainers_of_others():
     assert "callbacks_factory" not in (ROOT / "pyproject.toml").read_text()
 
