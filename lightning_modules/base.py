@@ -314,14 +314,17 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.evaluation("test").reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", data_of(batch), unpadded(evaluation_loader(self.trainer), batch_idx))
+        self._evaluate("val", data_of(batch), batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", data_of(batch), unpadded(evaluation_loader(self.trainer), batch_idx))
+        self._evaluate("test", data_of(batch), batch_idx)
 
-    def _evaluate(self, stage: str, x: Tensor, count: int | None) -> None:
-        """Update and log the metrics of a stage by the first ``count`` examples of x, all by default."""
+    def _evaluate(self, stage: str, x: Tensor, batch_idx: int) -> None:
+        """Update and log the metrics of a stage by the examples of x that are no padding."""
+        if batch_idx == 0 and self.trainer.state.fn != "fit":
+            self._first_batch(x)
         self.check_data(x)
+        count = unpadded(evaluation_loader(self.trainer), batch_idx)
         evaluation, params = self.evaluation(stage), self.encode(x)
         terms = self.terms(x, params)
         bound, kl, q = self.bound(terms), self.kl_of_latents(terms), self.posterior(terms)

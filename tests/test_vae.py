@@ -155,6 +155,16 @@ def test_nothing_that_is_reported_is_rounded_to_bfloat16(likelihood, build):
         assert value.dtype == torch.float32 and (value != value.bfloat16()).any()
 
 
+@pytest.mark.parametrize("use", ["fit", "validate", "test"])
+def test_grey_values_under_a_bernoulli_likelihood_are_warned_of_wherever_a_bound_is_measured(use, tmp_path):
+    grey, bits = DataLoader(torch.rand(4, 1, 8, 8), 4), DataLoader(torch.rand(4, 1, 8, 8).round(), 4)
+    model, run = VAE("gaussian", {"latent_dim": 2}), trainer(tmp_path, max_steps=1)
+    with pytest.warns(UserWarning, match="the Bernoulli likelihood got data other than 0 and 1"):
+        run.fit(model, grey, bits) if use == "fit" else getattr(run, use)(model, grey, verbose=False)
+    if use != "fit":
+        getattr(run, use)(model, bits, verbose=False)
+
+
 def test_odd_image_sizes_go_through_the_convolutional_nets():
     model = VAE("gaussian", {"latent_dim": 4}, encoder="conv", decoder="conv", data_shape=(3, 7, 10))
     assert model.generate(2).shape == (2, 3, 7, 10)
@@ -238,6 +248,10 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         ({"data_shape": (1, 0, 8)}, "needed data_shape as the sizes of one example"),
         ({"optimizer": "adam"}, "needed a function of parameter groups as optimizer, got 'adam'"),
         ({"iwae_samples": {"val": -1}}, r"needed iwae_samples\['val'\] >= 0, got -1; 0 is none"),
+        (
+            {"encoder": "conv", "data_shape": (64,)},
+            r"needed data_shape \(channels, height, width\) for a convolutional",
+        ),
         ({"likelihood": {"name": "gaussian", "initial_scale": 0}}, "needed initial_scale > 0, got 0"),
         ({"likelihood": {"name": "categorical", "num_levels": 1}}, "needed num_levels >= 2, got 1"),
         ({"likelihood": {"name": "discretized_logistic", "num_levels": 1}}, "needed num_levels >= 2, got 1"),
