@@ -118,13 +118,14 @@ def test_objects_that_a_checkpoint_does_not_keep_come_from_the_configuration(tmp
         ("datamodule_hyper_parameters", "_class_path", "stranger.Data", "whose data were 'stranger.Data'"),
     ],
 )
-def test_no_checkpoint_names_what_is_imported(last, tmp_path, monkeypatch, part, name, value, message):
+@pytest.mark.parametrize("command", ["test", "compare"])
+def test_no_checkpoint_names_what_is_imported(command, last, tmp_path, monkeypatch, part, name, value, message):
     (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     checkpoint = torch.load(last, weights_only=True)
     checkpoint[part][name] = value
     torch.save(checkpoint, tmp_path / "stranger.ckpt")
-    assert message in refusal("test", "--ckpt_path", tmp_path / "stranger.ckpt", *QUIET)
+    assert message in refusal(command, "--ckpt_path", tmp_path / "stranger.ckpt", *QUIET)
     assert not (tmp_path / "imported").exists()
 
 

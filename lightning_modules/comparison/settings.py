@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import Logger
 from lightning_modules.build import layer_spec
 from lightning_modules.cli import CLI, names_data, read_config
 from lightning_modules.data import ImageDataModule
-from lightning_modules.resuming import options_of_data
+from lightning_modules.hyperparameters import is_marked
+from lightning_modules.resuming import options_of_data, options_of_model
 from lightning_modules.untrusted import read_checkpoint
 from lightning_modules.usage import Parser
 from lightning_modules.vae import VAE
@@ -98,7 +99,7 @@ def parse(config: str | Path | Mapping[str, Any] | None = None, args: Sequence[s
         words += ["--seed_everything=false"]
         checkpoint = _checkpoint_path(words)
         if checkpoint is not None:
-            options = _options_of(checkpoint, names_data(words))
+            options = _options_of(checkpoint, words)
             words = ["--config", str(_written(options, Path(folder) / "checkpoint.yaml")), *words]
         return Parsed(words, {"logger": False, "enable_checkpointing": False}, default_data=not names_data(words))
 
@@ -117,12 +118,16 @@ def _checkpoint_path(words: Sequence[str]) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _options_of(checkpoint: Path, other_data: bool) -> dict[str, Any]:
+def _options_of(checkpoint: Path, words: Sequence[str]) -> dict[str, Any]:
     """The arguments of model and data in a checkpoint, in the form of a configuration."""
     state = read_checkpoint(checkpoint)
-    given = {key: value for key, value in state["hyper_parameters"].items() if value is not None}
-    options: dict[str, Any] = {"model": {k: v for k, v in given.items() if k not in ("data_shape", "_instantiator")}}
-    if data := options_of_data(checkpoint, state, needed=not other_data):
+    hparams = state["hyper_parameters"]
+    # objects, which a checkpoint does not keep, are left to the words, which are parsed later
+    stated = any(word.startswith(("--model.", "--config")) for word in words)
+    objects = {name: "" for name, value in hparams.items() if stated and is_marked(value)}
+    given = options_of_model(checkpoint, hparams, objects, VAE)
+    options: dict[str, Any] = {"model": {k: v for k, v in given.items() if k != "data_shape" and v is not None}}
+    if data := options_of_data(checkpoint, state, needed=not names_data(words)):
         options["data"] = data
     return options
 
