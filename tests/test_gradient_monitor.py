@@ -274,10 +274,11 @@ def test_other_modules_are_refused():
 
 
 @pytest.mark.parametrize("layer", ["vq", "enumeration"])
-def test_a_gradient_without_noise_has_no_ratio_in_the_log(layer):
+def test_a_gradient_without_noise_has_the_ratio_of_rounding_in_the_log(layer):
     monitor = GradientVarianceMonitor(every_n_steps=1, num_draws=3, weights=True, decay=0.9)
     _, values, _ = train(lambda: VAE(layer, {"latent_dim": 2}), monitor)
     assert all(math.isfinite(value) for series in values.values() for value in series.values())
     for key in ("grad", "weight_grad"):
-        assert max(values[f"train/{key}_variance"].values()) < 1e-14 and f"train/{key}_snr" not in values
+        assert max(values[f"train/{key}_variance"].values()) < 1e-14
+        assert 1e6 < min(values[f"train/{key}_snr"].values()) <= max(values[f"train/{key}_snr"].values()) < 1e7
     assert "train/moving_grad_snr" in values  # the data have noise of their own

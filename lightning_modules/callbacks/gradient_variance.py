@@ -23,7 +23,7 @@ from stochastic_layers.preserved import seed_generators
 
 __all__ = ["GradientVarianceMonitor"]
 
-ROUNDING = torch.finfo(torch.float32).eps ** 2  # a variance that is this part of the squared mean is none
+MOST = torch.finfo(torch.float32).eps ** -2  # a variance that is a smaller part of the squared mean is rounding
 
 
 class GradientVarianceMonitor(Callback):
@@ -44,8 +44,8 @@ class GradientVarianceMonitor(Callback):
     With a ``basket`` other estimators are scored on the same state and data, under ``train/grad_variance/<name>`` and
     ``train/grad_snr/<name>``; the model goes on with its own.
 
-    Where all redraws give the same gradient up to rounding (enumeration, quantizers) no ratio is logged: it would be
-    infinite, which W&B keeps as a word.
+    Where all redraws give the same gradient up to rounding (enumeration, quantizers) the ratio is that of float32
+    rounding, 8.4e6: an infinite one is kept as a word by W&B, and drawn by no chart.
 
     Nothing is disturbed: weights, noise, baselines and codebooks are the same, bit for bit, with and without a monitor.
     Its own noise depends on (seed, rank, step) only. Measurements run outside DDP and ``torch.compile``, under the
@@ -222,11 +222,10 @@ def _summary(key: str, parts: Sequence[tuple[float, float]], sizes: Sequence[flo
 
 
 def _pair(key: str, suffix: str, noise: float, signal: float, size: float) -> dict[str, float]:
-    """A variance, and the ratio where there is one: loggers make no number of the infinity of a noiseless gradient."""
-    values = {f"{key}_variance{suffix}": noise / size}
-    if noise > ROUNDING * max(signal, 0.0):
-        values[f"{key}_snr{suffix}"] = float((max(signal, 0.0) / noise) ** 0.5)
-    return values
+    """A variance, and a ratio that is finite: loggers make no number of the infinity of a noiseless gradient."""
+    signal = max(signal, 0.0)
+    ratio = 0.0 if signal == 0 else MOST if noise * MOST <= signal else signal / noise
+    return {f"{key}_variance{suffix}": noise / size, f"{key}_snr{suffix}": float(ratio**0.5)}
 
 
 def _scale(trainer: Trainer, optimizer: Optimizer) -> float | None:
