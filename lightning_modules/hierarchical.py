@@ -88,7 +88,8 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
     below, from which its params are computed.
 
     Args:
-        layers: From the data upwards: names of layers, mappings ``{"name": ..., **options}``, or layers.
+        layers: From the data upwards: names of layers, mappings ``{"name": ..., **options}``, or layers. A quantizer can
+            only be the last one: those below need a density.
         encoder: See :class:`VAE`; from the data to the first layer.
         decoder: See :class:`VAE`; from the first layer to the data.
         prior: See :class:`VAE`; that of the last layer.
@@ -154,6 +155,12 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         if not layers or isinstance(layers, str):
             raise ValueError(f"needed a list of layers, from the data upwards, got {layers!r}.")
         built = [build_layer(layer, None) for layer in layers]
+        for layer in built[:-1]:
+            if layer.family.name == "quantized":
+                raise ValueError(
+                    "needed layers with a density below the last one, as p(z | layer above) is evaluated at their "
+                    f"draws, got {layer.name!r}, whose law is one point; make it the last, or take a categorical one."
+                )
         self.layers = nn.ModuleList(built)
         self.prior = build_prior(prior, built[-1].family)
         first = built[0]

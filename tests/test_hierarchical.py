@@ -228,6 +228,7 @@ def test_checkpoint_restores_a_hierarchy_of_names_and_asks_for_objects(tmp_path)
         ({"layers": [LOO], "objective": ELBO(free_bits=0.1)}, "without free_bits"),
         ({"layers": [LOO], "encoder": torch.nn.Flatten()}, "needed an encoder"),
         ({"layers": [LOO], "decoder": torch.nn.Identity()}, "needed a decoder"),
+        ({"layers": ["fsq", "gaussian"]}, "needed layers with a density below the last one"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(options, message):
