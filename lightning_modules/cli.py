@@ -213,7 +213,7 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:  # Lightning's, for Ctrl-C and SIGTERM
-            if not self.trainer.interrupted:
+            if not self.trainer.interrupted or stop.code == 0:  # an agent's stop is no failure
                 raise
             last = getattr(self._get(self.config_init, "checkpoint"), "last_model_path", "")
             if subcommand == "fit" and self.trainer.is_global_zero:

@@ -30,4 +30,4 @@ class AgentStop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
-            raise SIGTERMException
+            raise SIGTERMException(0)
