@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_drawn", "kernels_usable", "with_gradient_of", "with_value"]
+__all__ = ["as_drawn", "eager_on_cpu", "kernels_usable", "with_gradient_of", "with_value"]
 
 
 def kernels_usable() -> bool:
@@ -18,6 +18,11 @@ def kernels_usable() -> bool:
     transforms of ``torch.func`` it is needed, as it has a derivative in every mode.
     """
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def eager_on_cpu(tensor: Tensor) -> bool:
+    """Whether the next call on a tensor runs at once, on a CPU: there to look at a value costs nothing."""
+    return tensor.device.type == "cpu" and kernels_usable()
 
 
 class _WithValue(torch.autograd.Function):

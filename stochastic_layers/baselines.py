@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stochastic_layers.auxiliary import eager_on_cpu
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.recomputation import refuse_recomputation
 from stochastic_layers.registry import nearest
@@ -127,10 +129,16 @@ class RunningMean(RunningState):
         total, weight = self.total, self.weight
         # an empty batch changes nothing
         rate = (1 - self.decay) * (count.to(total.dtype).clamp_max(1) if isinstance(count, Tensor) else min(count, 1))
-        mean = mean.to(total.dtype)
-        finite = (mean - mean == 0).all()  # a tensor: nothing waits for a GPU. What is not finite would stay for ever
-        total.lerp_(torch.where(finite, mean, 0.0), rate)
-        weight.lerp_(finite.to(weight.dtype), rate)
+        mean, ones = mean.to(total.dtype), torch.ones_like(weight)
+        # what is not finite would stay for ever
+        if eager_on_cpu(mean):
+            if not math.isfinite(mean.sum()):
+                return
+        else:  # a tensor decides: nothing waits for a GPU
+            finite = torch.isfinite(mean).all()
+            mean, rate = torch.where(finite, mean, 0.0), rate * finite.to(total.dtype)
+        total.lerp_(mean, rate)
+        weight.lerp_(ones, rate)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}"

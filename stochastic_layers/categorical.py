@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, OneHotCategorical
 from torch.distributions.utils import lazy_property
 
-from stochastic_layers.auxiliary import kernels_usable
+from stochastic_layers.auxiliary import eager_on_cpu, kernels_usable
 from stochastic_layers.noise import double_uniform
 
 __all__ = [
@@ -33,13 +33,9 @@ FEW = 2048  # rows up to which a call for each is cheaper than a pass over all o
 VECTOR = 16  # numbers that a CPU works on at once
 
 
-def _eager_on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and kernels_usable()
-
-
 def _few(scores: Tensor) -> bool:
     """Whether torch's softmax would work on one number at a time: a row is shorter than a vector, on a CPU."""
-    return scores.shape[-1] < VECTOR and _eager_on_cpu(scores)
+    return scores.shape[-1] < VECTOR and eager_on_cpu(scores)
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -128,7 +124,7 @@ def draw_index(probs: Tensor, num_samples: int) -> Tensor:
 def _row_sums(rows: Tensor) -> Tensor:
     """``rows.sum(-1)`` of short rows ``[N, C]``; on a CPU as a product with ones, which takes half the time."""
     # the precision is asked last, and never in a graph, where it cannot be
-    if not _eager_on_cpu(rows) or torch.get_float32_matmul_precision() != "highest":
+    if not eager_on_cpu(rows) or torch.get_float32_matmul_precision() != "highest":
         return rows.sum(-1)
     return rows @ torch.ones(rows.shape[-1], dtype=rows.dtype)
 
@@ -139,7 +135,7 @@ def _invert(weights: Tensor, num_samples: int) -> Tensor:
     cdf = weights.cumsum(-1, dtype=u.dtype)
     # u <= 1 - eps / 2, so that u * total rounds to less than total: the count stops at a weight that is not zero
     u = u.mul_(cdf[..., -1:])
-    if _eager_on_cpu(cdf) and (u.numel() <= FEW or cdf.shape[-1] > 2 * ONE_LEVEL):
+    if eager_on_cpu(cdf) and (u.numel() <= FEW or cdf.shape[-1] > 2 * ONE_LEVEL):
         return torch.searchsorted(cdf, u, right=True)
     return _count(cdf.unsqueeze(-2) <= u.unsqueeze(-1))
 
@@ -147,7 +143,7 @@ def _invert(weights: Tensor, num_samples: int) -> Tensor:
 def _count(marks: Tensor) -> Tensor:
     """``marks.sum(-1)`` of booleans of which one in each row is False; on a CPU eight at a time where that goes."""
     width = marks.shape[-1]
-    if width % 8 or width > 256 or not _eager_on_cpu(marks):
+    if width % 8 or width > 256 or not eager_on_cpu(marks):
         return marks.sum(-1)
     words = marks.view(torch.int64)  # a byte for each; the product adds all bytes up in the highest
     words = words.squeeze(-1) if width == 8 else words.sum(-1)
@@ -158,7 +154,7 @@ def one_hot(index: Tensor, like: Tensor) -> Tensor:
     """Vectors ``[..., C]`` of ones at ``index [..., N]`` and zeros, with C, dtype and device of ``like [..., C]``."""
     count = like.shape[-1]
     zeros = torch.zeros(*index.shape[:-1], count, dtype=like.dtype, device=like.device)
-    if not _eager_on_cpu(like) or index.numel() <= FEW:
+    if not eager_on_cpu(like) or index.numel() <= FEW:
         return put(zeros, index, 1.0)
     start = torch.arange(0, zeros.numel(), count).view(*index.shape[:-1], 1)
     zeros.view(-1).index_fill_(0, (start + index).flatten(), 1.0)  # two thirds of the time of scatter_

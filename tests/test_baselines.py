@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import stochastic_layers as sl
+from stochastic_layers import baselines
 from stochastic_layers.baselines import Baseline, LearnedBaseline, MovingAverage, RunningMean
 from stochastic_layers.testing import PolynomialCost, check_mean, measure
 
@@ -259,6 +260,18 @@ def test_running_mean_of_several_statistics_counts_rows():
     assert torch.allclose(mean.value, torch.tensor([4.0, 40.0]))  # weights 1/4 and 1/2 of 3/4
     mean.update(torch.zeros(0, 2))
     assert torch.allclose(mean.value, torch.tensor([4.0, 40.0]))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["looked at", "by a tensor"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_statistics_that_are_not_finite_change_nothing(on_cpu, bad, monkeypatch):
+    monkeypatch.setattr(baselines, "eager_on_cpu", lambda tensor: on_cpu)
+    mean = RunningMean(0.5, size=2)
+    mean.update(torch.tensor([[1.0, 2.0]]))
+    mean.update(torch.tensor([[1.0, bad]]))
+    assert mean.total.tolist() == [0.5, 1.0] and mean.weight.tolist() == [0.5]
+    mean.accumulate(torch.tensor([3.0, 6.0]), torch.tensor([2.0]))  # as all ranks do
+    assert torch.allclose(mean.value, torch.tensor([7.0, 14.0]) / 3)
 
 
 def test_a_single_draw_has_no_others_to_be_compared_with():
