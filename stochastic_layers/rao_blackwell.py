@@ -32,6 +32,13 @@ class _FlipLayer(StochasticLayer):
         num_samples: int = 1,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+        points = num_samples * (1 + self.flips_per_draw)
+        check_points(self.name, points, self.out_features, "'coordinate_flip' or 'leave_one_out'")
+
+    @property
+    def flips_per_draw(self) -> int:
+        """Number of auxiliary copies of each draw."""
+        return 1
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
@@ -104,17 +111,9 @@ class LocalExpectation(_FlipLayer):
         "https://proceedings.neurips.cc/paper/2015/hash/1373b284bc381890049e92d324f56de0-Abstract.html"
     )
 
-    def __init__(
-        self,
-        latent_dim: int,
-        *,
-        family: str = "bernoulli",
-        num_categories: int | None = None,
-        num_samples: int = 1,
-    ) -> None:
-        super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
-        points = num_samples * (1 + latent_dim * ((num_categories or 2) - 1))
-        check_points("local_expectation", points, self.out_features, "'coordinate_flip' or 'leave_one_out'")
+    @property
+    def flips_per_draw(self) -> int:
+        return self.latent_dim * ((self.num_categories or 2) - 1)
 
     def _bit_flips(self, draws: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         eye = torch.eye(self.latent_dim, dtype=draws.dtype, device=draws.device)
