@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.build import build_likelihood, build_objective
+from lightning_modules.build import build_likelihood, build_objective, fused_adam
 from lightning_modules.evaluation import Evaluation, evaluation_loader, unpadded
 from lightning_modules.hyperparameters import example_shape, plain_options
 from lightning_modules.likelihoods import Likelihood, at_least_float32
@@ -31,7 +31,6 @@ from stochastic_layers.options import check_positive, check_positive_int
 __all__ = [
     "LatentVariableModel",
     "data_of",
-    "fused_adam",
     "log_interval",
     "step_is_due",
 ]
@@ -388,11 +387,6 @@ def step_is_due(trainer: Trainer, every: int) -> bool:
     even at each batch, and nothing would be due where ``every`` is even.
     """
     return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
-
-
-def fused_adam(groups: Iterable[Any]) -> Optimizer:
-    """Adam in its fused form, the default optimizer."""
-    return torch.optim.Adam(groups, fused=True)
 
 
 def data_of(batch: Any) -> Tensor:

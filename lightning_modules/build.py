@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_modules.likelihoods import (
     BernoulliLikelihood,
@@ -23,7 +25,15 @@ from stochastic_layers import StochasticLayer, create
 from stochastic_layers.families import Family, takes_categories
 from stochastic_layers.registry import layer_class, nearest
 
-__all__ = ["build_decoder", "build_encoder", "build_layer", "build_likelihood", "build_objective", "build_prior"]
+__all__ = [
+    "build_decoder",
+    "build_encoder",
+    "build_layer",
+    "build_likelihood",
+    "build_objective",
+    "build_prior",
+    "fused_adam",
+]
 
 LIKELIHOODS = {c.name: c for c in (BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogistic, GaussianLikelihood)}
 OBJECTIVES = {c.name: c for c in (ELBO, IWAE, Renyi, RWS, TVO)}
@@ -123,3 +133,8 @@ def build_likelihood(likelihood: Spec | Likelihood) -> Likelihood:
 def build_objective(objective: Spec | Objective) -> Objective:
     """The objective."""
     return objective if isinstance(objective, Objective) else _named("an objective", objective, OBJECTIVES)
+
+
+def fused_adam(groups: Iterable[Any]) -> Optimizer:
+    """Adam in its fused form, the default optimizer."""
+    return torch.optim.Adam(groups, fused=True)

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_modules.base import fused_adam, log_interval, own_noise, step_is_due
+from lightning_modules.base import log_interval, own_noise, step_is_due
+from lightning_modules.build import fused_adam
 from lightning_modules.evaluation import evaluation_loader, unpadded
 from lightning_modules.metrics import ExampleMean
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks

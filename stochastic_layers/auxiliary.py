@@ -21,7 +21,7 @@ def kernels_usable() -> bool:
 
 
 def eager_on_cpu(tensor: Tensor) -> bool:
-    """Whether the next call on a tensor runs at once, on a CPU: there to look at a value costs nothing."""
+    """Whether calls on a tensor run as they are made, on a CPU, where a look at a value waits for nothing."""
     return tensor.device.type == "cpu" and kernels_usable()
 
 
