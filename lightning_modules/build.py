@@ -101,7 +101,7 @@ def build_layer(layer: Spec | StochasticLayer, options: Mapping[str, Any] | None
     parameters = inspect.signature(cls).parameters
     options.setdefault("latent_dim", cls.default_latent_dim)
     family = options.get("family", parameters["family"].default if "family" in parameters else None)
-    if isinstance(family, str) and takes_categories(family):
+    if takes_categories(str(family.get("name") if isinstance(family, Mapping) else family)):
         options.setdefault("num_categories", DEFAULT_NUM_CATEGORIES)
     return create(layer, **options)
 

@@ -309,7 +309,7 @@ def _build(spec: str | Mapping[str, Any], own: StochasticLayer) -> StochasticLay
     """A named layer of the model's sizes and family."""
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name"))
-    options.setdefault("family", own.family.name)
+    options.setdefault("family", own.family.spec)
     options.setdefault("latent_dim", own.latent_dim)
     if takes_categories(own.family.name):
         options.setdefault("num_categories", own.num_categories)

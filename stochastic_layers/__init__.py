@@ -31,6 +31,7 @@ from stochastic_layers.rodeo import Rodeo
 from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce
 from stochastic_layers.sparse import SparsemaxMarginalization
 from stochastic_layers.straight_through import DecoupledStraightThrough, ReinMax, StraightThrough
+from stochastic_layers.subsets import KSubset
 from stochastic_layers.surrogate import surrogate
 from stochastic_layers.without_replacement import SumAndSample, UnorderedSet
 
@@ -65,6 +66,7 @@ __all__ = [
     "GumbelSoftmax",
     "HardConcrete",
     "InvertibleGaussian",
+    "KSubset",
     "LearnedBaseline",
     "LeaveOneOut",
     "LeaveOneOutReinforce",

@@ -151,8 +151,8 @@ class NVIL(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"gaussian"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         baseline: C; see :class:`~stochastic_layers.Reinforce`.
         normalize: Whether to divide by max(1, v).
@@ -173,7 +173,7 @@ class NVIL(StochasticLayer):
         torch.Size([5])
     """
 
-    families = ("bernoulli", "categorical", "gaussian")
+    families = ("bernoulli", "categorical", "subset", "gaussian")
     unbiased = (
         "when normalize=False; otherwise its mean is the exact gradient divided by max(1, running standard deviation)"
     )
@@ -187,7 +187,7 @@ class NVIL(StochasticLayer):
         self,
         latent_dim: int,
         *,
-        family: str = "bernoulli",
+        family: str | Mapping[str, Any] = "bernoulli",
         num_categories: int | None = None,
         num_samples: int = 1,
         baseline: str | Mapping[str, Any] | nn.Module | None = "learned",

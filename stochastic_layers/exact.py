@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from stochastic_layers.categorical import log_softmax, one_hot
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.categorical import log_softmax
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register
 
-__all__ = ["Enumeration", "JointLayer"]
+__all__ = ["JOINT", "Enumeration", "JointLayer"]
+
+JOINT = "(num_categories or 2) ** latent_dim"  # number of joint outcomes of bits and of categories
 
 
 class JointLayer(StochasticLayer):
     """Base of layers that treat all latent variables as one variable with a category per joint outcome.
 
-    The N = ``(num_categories or 2) ** latent_dim`` outcomes are numbered with the first latent variable as the most
-    significant digit.
+    The N outcomes, ``(num_categories or 2) ** latent_dim`` of bits and categories, are numbered with the first latent
+    variable as the most significant digit.
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         max_outcomes: Largest number of joint outcomes that is accepted.
 
@@ -41,30 +43,31 @@ class JointLayer(StochasticLayer):
         self,
         latent_dim: int,
         *,
-        family: str,
+        family: str | Mapping[str, Any],
         num_categories: int | None = None,
         num_samples: int = 1,
         max_outcomes: int,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
         check_positive_int("max_outcomes", max_outcomes)
-        radix = num_categories or 2
+        radix = self.family.num_outcomes
         # the exponent is looked at first, so that no astronomical power is computed or printed
         if latent_dim > max_outcomes.bit_length() or radix**latent_dim > max_outcomes:
-            count = f" = {radix**latent_dim}" if latent_dim * math.log10(radix) < 18 else ""
+            digits = math.log10(radix)
+            count = f" = {radix**latent_dim}" if latent_dim * digits < 18 else ""
+            each = str(radix) if digits < 18 else f"1e{int(digits)}"
             raise ValueError(
                 f"needed at most max_outcomes={max_outcomes} joint outcomes for {self.name or type(self).__name__!r}, "
-                f"got {radix} ** {latent_dim}{count}; use {self.advice}, fewer latent variables, or raise max_outcomes."
+                f"got {each} ** {latent_dim}{count}; use {self.advice}, fewer latent variables, or raise max_outcomes."
             )
         self.radix = radix
         self.num_outcomes: int = radix**latent_dim
+        if radix != (num_categories or 2) and isinstance(self.evaluations, str):
+            self.evaluations = self.evaluations.replace(JOINT, "num_outcomes")
 
     def joint_log_probs(self, params: Tensor) -> Tensor:
         """log q of every outcome ``[*batch, N]``, with gradient."""
-        if isinstance(self.family, CategoricalFamily):
-            table = log_softmax(self.family.unflatten(params))
-        else:
-            table = torch.stack([functional.logsigmoid(-params), functional.logsigmoid(params)], -1)
+        table = log_softmax(self.family.outcome_scores(params))
         joint = table[..., 0, :]
         for latent in range(
             1, self.latent_dim
@@ -76,9 +79,7 @@ class JointLayer(StochasticLayer):
         """z ``[..., out_features]`` of outcome numbers ``[...]``."""
         strides = self.radix ** torch.arange(self.latent_dim - 1, -1, -1, device=index.device)
         digits = index.unsqueeze(-1) // strides % self.radix  # [..., latent_dim]
-        if not isinstance(self.family, CategoricalFamily):
-            return digits.to(dtype)
-        return one_hot(digits.unsqueeze(-1), torch.empty(self.radix, dtype=dtype, device=index.device)).flatten(-2)
+        return self.family.outcome_values(digits, dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, outcomes={self.num_outcomes}"
@@ -91,16 +92,16 @@ class Enumeration(JointLayer):
     .. math:: \nabla E_q[f] = \sum_z f(z) \nabla q(z) + q(z) \nabla f(z)
 
     Not an approximation: value, encoder and decoder gradients are exact for any f and have no variance. One decoder
-    call evaluates all ``(num_categories or 2) ** latent_dim`` outcomes; ``weights`` are q(z) ``[S, *batch]``, without
-    gradient: the encoder's gradient is in the surrogate, as everywhere. The reference against which the bias and the
-    variance of the other layers are measured, and the best choice for small latent spaces.
+    call evaluates all outcomes, ``(num_categories or 2) ** latent_dim`` of bits and categories; ``weights`` are q(z)
+    ``[S, *batch]``, without gradient: the encoder's gradient is in the surrogate, as everywhere. The reference against
+    which the bias and the variance of the other layers are measured, and the best choice for small latent spaces.
 
     The cost needs every batch dimension of params, because each example has weights of its own.
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         max_outcomes: Largest number of outcomes that is accepted.
 
     Raises:
@@ -122,10 +123,10 @@ class Enumeration(JointLayer):
         0.2222222238779068
     """
 
-    families = ("bernoulli", "categorical")
+    families = ("bernoulli", "categorical", "subset")
     unbiased = True
     needs = ("cost",)
-    evaluations = "(num_categories or 2) ** latent_dim"
+    evaluations = JOINT
     reference = (
         "Rao-Blackwellized Stochastic Gradients for Discrete Distributions (Liu, Regier, Tripuraneni, Jordan and "
         "McAuliffe, 2018). https://arxiv.org/abs/1810.04777"
@@ -135,7 +136,7 @@ class Enumeration(JointLayer):
         self,
         latent_dim: int,
         *,
-        family: str = "bernoulli",
+        family: str | Mapping[str, Any] = "bernoulli",
         num_categories: int | None = None,
         max_outcomes: int = 4096,
     ) -> None:

@@ -21,6 +21,7 @@ from stochastic_layers.registry import nearest
 __all__ = [
     "BernoulliFamily",
     "CategoricalFamily",
+    "ChoiceFamily",
     "Family",
     "GaussianFamily",
     "create_family",
@@ -65,6 +66,11 @@ class Family(ABC):
                 "family='categorical'."
             )
         self.num_categories = num_categories
+
+    @property
+    def spec(self) -> str | Mapping[str, Any]:
+        """What a layer takes as ``family`` to have this one: its name, or a mapping with its options."""
+        return self.name
 
     @property
     def in_features(self) -> int:
@@ -116,6 +122,36 @@ class Family(ABC):
         result: Tensor = q.base_dist.log_prob(z).sum(-1) if isinstance(q, Independent) else q.log_prob(z)
         return result
 
+    @property
+    def num_outcomes(self) -> int:
+        """Number of values of one latent variable; 0 where there is no end of them."""
+        return 0
+
+    def outcome_scores(self, params: Tensor) -> Tensor:
+        """log q of every value of each latent variable ``[*batch, latent_dim, num_outcomes]``, up to a constant.
+
+        Raises:
+            ValueError: The family has no end of values.
+        """
+        raise ValueError(f"needed a family with finitely many outcomes, got {self.name!r}.")
+
+    def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """z ``[..., out_features]`` of which each latent variable has the value of a number ``[..., latent_dim]``.
+
+        Raises:
+            ValueError: The family has no end of values.
+        """
+        raise ValueError(f"needed a family with finitely many outcomes, got {self.name!r}.")
+
+    def outcomes(self, dtype: torch.dtype) -> Tensor:
+        """Every z ``[num_outcomes ** latent_dim, out_features]``; the last latent variable changes first.
+
+        Raises:
+            ValueError: The family has no end of values.
+        """
+        index = torch.cartesian_prod(*[torch.arange(self.num_outcomes)] * self.latent_dim)
+        return self.outcome_values(index.view(-1, self.latent_dim), dtype)
+
     def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
         """Points and weights of which expectations under q are made: ``(weights * f(z)).sum(0)``, for few variables.
 
@@ -133,9 +169,13 @@ class Family(ABC):
         Raises:
             ValueError: The family has no rule, or too many variables for it.
         """
-        raise ValueError(
-            f"needed a family whose expectations can be computed, got {self.name!r}, which has no nodes()."
-        )
+        if not self.num_outcomes:
+            raise ValueError(
+                f"needed a family whose expectations can be computed, got {self.name!r}, which has no nodes()."
+            )
+        batch, z = q.batch_shape, self.outcomes(q.mean.dtype)
+        z = z.view(-1, *[1] * len(batch), self.out_features).expand(-1, *batch, -1)
+        return z, self.log_prob(q, z).exp()
 
     def check(self, params: Tensor, low: float, high: float) -> None:
         """Refuse params that have no finite law; ``low`` and ``high`` are their extremes.
@@ -267,17 +307,23 @@ class BernoulliFamily(Family):
         logits: Tensor = _base(q).logits
         return (logits > 0).to(logits.dtype)
 
-    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
-        return _outcomes(
-            self, q, torch.cartesian_prod(*[torch.arange(2.0)] * self.latent_dim).view(-1, self.latent_dim)
-        )
+    @property
+    def num_outcomes(self) -> int:
+        return 2
+
+    def outcome_scores(self, params: Tensor) -> Tensor:
+        return torch.stack([torch.zeros_like(params), params], -1)
+
+    def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return index.to(dtype)
 
 
-@register_family
-class CategoricalFamily(Family):
-    """Independent one-hot variables; params are logits ``[*batch, latent_dim * num_categories]``, latent by latent."""
+class ChoiceFamily(Family):
+    """Base of families with a logit for each of ``num_categories`` items of a latent variable, and z as ones and zeros.
 
-    name = "categorical"
+    Params are ``[*batch, latent_dim * num_categories]``, latent by latent, and so is z.
+    """
+
     discrete = True
     takes_categories = True
 
@@ -296,8 +342,15 @@ class CategoricalFamily(Family):
         return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.num_categories)
 
     def standard(self) -> Distribution:
-        """Uniform over the categories."""
+        """The uniform choice."""
         return self.distribution(torch.zeros(self.in_features))
+
+
+@register_family
+class CategoricalFamily(ChoiceFamily):
+    """Independent one-hot variables; params are logits ``[*batch, latent_dim * num_categories]``, latent by latent."""
+
+    name = "categorical"
 
     def distribution(self, params: Tensor) -> Distribution:
         return Independent(one_hot_categorical(self.unflatten(params)), 1, validate_args=False)
@@ -319,18 +372,17 @@ class CategoricalFamily(Family):
         logits: Tensor = _base(q).logits
         return one_hot(logits.argmax(-1, keepdim=True), logits).flatten(-2)
 
-    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
-        count = self.num_categories
-        assert count is not None
-        index = torch.cartesian_prod(*[torch.arange(count)] * self.latent_dim).view(-1, self.latent_dim)
-        return _outcomes(self, q, torch.nn.functional.one_hot(index, count).flatten(1))
+    @property
+    def num_outcomes(self) -> int:
+        assert self.num_categories is not None
+        return self.num_categories
 
+    def outcome_scores(self, params: Tensor) -> Tensor:
+        return self.unflatten(params)
 
-def _outcomes(family: Family, q: Distribution, z: Tensor) -> tuple[Tensor, Tensor]:
-    """All outcomes ``[N, out_features]`` of a finite family, expanded to the batch of q, and their probabilities."""
-    batch, dtype = q.batch_shape, q.mean.dtype
-    z = z.to(dtype).view(-1, *[1] * len(batch), family.out_features).expand(-1, *batch, -1)
-    return z, family.log_prob(q, z).exp()
+    def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        like = torch.empty(self.num_outcomes, dtype=dtype, device=index.device)
+        return one_hot(index.unsqueeze(-1), like).flatten(-2)
 
 
 @register_family

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,6 +98,10 @@ class LowRankGaussianFamily(_MultivariateGaussian):
     def __init__(self, latent_dim: int, num_categories: int | None = None, *, rank: int = 1) -> None:
         super().__init__(latent_dim, num_categories)
         self.rank = check_positive_int("rank", rank, "1 to 10 is usual, 'gaussian_full' has no limit")
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        return {"name": self.name, "rank": self.rank}
 
     def check(self, params: Tensor, low: float, high: float) -> None:
         super().check(params, low, high)

@@ -289,7 +289,7 @@ class StochasticLayer(nn.Module, ABC):
         return Sample(z, weights, q, log_density, credit, dict(aux or {}), equally_weighted)
 
     def extra_repr(self) -> str:
-        options: dict[str, Any] = {"latent_dim": self.latent_dim, "family": self.family.name}
+        options: dict[str, Any] = {"latent_dim": self.latent_dim, "family": self.family.spec}
         if self.num_categories is not None:
             options["num_categories"] = self.num_categories
         options["num_samples"] = self.num_samples

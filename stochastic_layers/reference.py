@@ -8,9 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from stochastic_layers.families import BernoulliFamily, CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.point_mass import QuantizedFamily
 from stochastic_layers.preserved import preserved, seed_generators
@@ -111,20 +109,13 @@ def gradient_reference(
         return _average(layer, params, cost_of, num_draws, max_bytes, known)
 
 
-def _outcomes_of_one(layer: StochasticLayer) -> int:
-    """Number of values of one latent variable, 0 where they cannot be counted."""
-    if isinstance(layer.family, CategoricalFamily):
-        return layer.num_categories or 0
-    return 2 if isinstance(layer.family, BernoulliFamily) else 0
-
-
 def _enumerable(
     layer: StochasticLayer, params: Tensor, cost_of: CostOfSample, max_outcomes: int
 ) -> tuple[str, tuple[int, ...]]:
     """Why the outcomes cannot be enumerated, or nothing; and the batch dimensions that the cost sums."""
-    radix = _outcomes_of_one(layer)
+    radix = layer.family.num_outcomes
     if not radix:
-        return f"needed a Bernoulli or categorical layer for an exact reference, got family {layer.family.name!r}", ()
+        return f"needed a family with finitely many outcomes for an exact reference, got {layer.family.name!r}", ()
     batch = params.shape[:-1]
     with torch.no_grad():
         q = layer.distribution(params.unsqueeze(0))
@@ -138,14 +129,13 @@ def _enumerable(
 
 def _sample_at(layer: StochasticLayer, params: Tensor, index: Tensor, event: tuple[int, ...]) -> Sample:
     """The sample of given outcomes: ``index`` ``[n, number of event positions]`` numbers those of one position."""
-    family, radix = layer.family, _outcomes_of_one(layer)
+    family, radix = layer.family, layer.family.num_outcomes
     batch = params.shape[:-1]
     strides = radix ** torch.arange(layer.latent_dim - 1, -1, -1, device=index.device)
     digits = index.unsqueeze(-1) // strides % radix  # [n, positions, latent_dim]
-    if isinstance(family, CategoricalFamily):
-        digits = functional.one_hot(digits, radix).flatten(-2)
     lead = len(batch) - len(event)
-    z = digits.view(-1, 1, *[1] * lead, *event, family.out_features).to(params.device, params.dtype)
+    z = family.outcome_values(digits, params.dtype)
+    z = z.view(-1, 1, *[1] * lead, *event, family.out_features).to(params.device)
     z = z.expand(-1, 1, *batch, -1)  # [n, 1, *batch, out_features]
     q = layer.distribution(params.unsqueeze(0))
     weights = torch.full((len(z),), 1.0 / len(z), dtype=z.dtype, device=z.device)  # not used: the sum is weighted by q
@@ -157,7 +147,7 @@ def _exact_gradient(
 ) -> Tensor:
     """sum_z of d (q(z) cost(z)), over all outcomes of the event, in float64."""
     # radix**latent_dim outcomes of one position are the digits of a joint outcome's number
-    one, positions = _outcomes_of_one(layer) ** layer.latent_dim, math.prod(event)
+    one, positions = layer.family.num_outcomes**layer.latent_dim, math.prod(event)
     strides = one ** torch.arange(positions - 1, -1, -1)
     number, total = one**positions, torch.zeros(params.shape, dtype=torch.float64, device=params.device)
     start, size, shift = 0, min(FIRST_OUTCOMES, number), None

@@ -26,8 +26,8 @@ class Reinforce(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"gaussian"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         baseline: ``"none"``, ``"moving_average"``, ``"learned"``, ``"leave_one_out"``, a mapping such as
             ``{"name": "moving_average", "decay": 0.9}``, or a module (see :class:`~stochastic_layers.Baseline`).
@@ -50,7 +50,7 @@ class Reinforce(StochasticLayer):
         (torch.Size([4, 5, 3]), torch.Size([5]), torch.Size([5, 3]))
     """
 
-    families = ("bernoulli", "categorical", "gaussian")
+    families = ("bernoulli", "categorical", "subset", "gaussian")
     unbiased = True
     needs = ("cost",)
     independent_draws = True
@@ -63,7 +63,7 @@ class Reinforce(StochasticLayer):
         self,
         latent_dim: int,
         *,
-        family: str = "bernoulli",
+        family: str | Mapping[str, Any] = "bernoulli",
         num_categories: int | None = None,
         num_samples: int = 1,
         baseline: str | Mapping[str, Any] | nn.Module | None = "moving_average",
@@ -108,8 +108,8 @@ class Dice(Reinforce):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"gaussian"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         baseline: See :class:`Reinforce`.
 
@@ -151,8 +151,8 @@ class LeaveOneOutReinforce(Reinforce):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"gaussian"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example, at least 2.
 
     Raises:
@@ -174,7 +174,12 @@ class LeaveOneOutReinforce(Reinforce):
     )
 
     def __init__(
-        self, latent_dim: int, *, family: str = "bernoulli", num_categories: int | None = None, num_samples: int = 2
+        self,
+        latent_dim: int,
+        *,
+        family: str | Mapping[str, Any] = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 2,
     ) -> None:
         super().__init__(
             latent_dim,

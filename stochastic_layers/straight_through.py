@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,18 +33,21 @@ class StraightThrough(StochasticLayer):
 
     .. math:: \nabla_l \approx J(p)^\top f'(z), \qquad J(p) = \mathrm{diag}(p) - p p^\top
 
-    (for a bit, :math:`p(1-p) f'(z)`). Approximates the gradient of E_q[f] by a first-order expansion of f at the draw:
-    exact for f linear in z, biased otherwise. The cost is evaluated at exact draws of q only.
+    (for a bit, :math:`p(1-p) f'(z)`; for subsets p is the probability of each item and J the covariance of the items,
+    both exact: the estimator known as SIMPLE). Approximates the gradient of E_q[f] by a first-order expansion of f at
+    the draw: exact for f linear in z, biased otherwise. The cost is evaluated at exact draws of q only.
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
 
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation (Yoshua Bengio,
-        Nicholas Leonard, Aaron Courville, 2013), https://arxiv.org/abs/1308.3432
+        Nicholas Leonard, Aaron Courville, 2013), https://arxiv.org/abs/1308.3432; SIMPLE: A Gradient Estimator for
+        k-Subset Sampling (Kareem Ahmed, Zhe Zeng, Mathias Niepert, Guy Van den Broeck, 2022),
+        https://arxiv.org/abs/2210.01941
 
     Example:
         >>> import torch, stochastic_layers as sl
@@ -55,7 +59,7 @@ class StraightThrough(StochasticLayer):
         (torch.Size([5, 3]), 0.25)
     """
 
-    families = ("bernoulli", "categorical")
+    families = ("bernoulli", "categorical", "subset")
     unbiased = "when the cost is linear in z"
     needs = ("cost_gradient",)
     independent_draws = True
@@ -68,7 +72,7 @@ class StraightThrough(StochasticLayer):
         self,
         latent_dim: int,
         *,
-        family: str = "bernoulli",
+        family: str | Mapping[str, Any] = "bernoulli",
         num_categories: int | None = None,
         num_samples: int = 1,
     ) -> None:

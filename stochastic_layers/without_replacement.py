@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.categorical import draw_index
-from stochastic_layers.exact import JointLayer
+from stochastic_layers.exact import JOINT, JointLayer
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import log_exponential
 from stochastic_layers.options import check_positive_int
@@ -36,8 +37,8 @@ class SumAndSample(JointLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_exact: Number k of outcomes summed exactly.
         num_samples: Number m of draws from the rest. With k + m outcomes or fewer in all, all are summed: exact.
         baseline: ``"exact_part"`` (see above) or ``"none"``.
@@ -58,10 +59,10 @@ class SumAndSample(JointLayer):
         (torch.Size([4, 5, 16]), [0.0625, 0.0625, 0.0625, 0.8125])
     """
 
-    families = ("bernoulli", "categorical")
+    families = ("bernoulli", "categorical", "subset")
     unbiased = True
     needs = ("cost",)
-    evaluations = "min(num_exact + num_samples, (num_categories or 2) ** latent_dim)"
+    evaluations = f"min(num_exact + num_samples, {JOINT})"
     reference = (
         "Rao-Blackwellized Stochastic Gradients for Discrete Distributions (Liu, Regier, Tripuraneni, Jordan and "
         "McAuliffe, 2018). https://arxiv.org/abs/1810.04777"
@@ -71,7 +72,7 @@ class SumAndSample(JointLayer):
         self,
         latent_dim: int,
         *,
-        family: str = "bernoulli",
+        family: str | Mapping[str, Any] = "bernoulli",
         num_categories: int | None = None,
         num_exact: int = 3,
         num_samples: int = 1,
@@ -168,8 +169,8 @@ class UnorderedSet(JointLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number k of distinct outcomes, at most 10; where there are fewer in all, all are taken.
         baseline: ``"built_in"`` or ``"none"``.
         max_outcomes: Largest number of joint outcomes that is accepted.
@@ -190,10 +191,10 @@ class UnorderedSet(JointLayer):
         (torch.Size([3, 7, 10]), True)
     """
 
-    families = ("bernoulli", "categorical")
+    families = ("bernoulli", "categorical", "subset")
     unbiased = True
     needs = ("cost",)
-    evaluations = "min(num_samples, (num_categories or 2) ** latent_dim)"
+    evaluations = f"min(num_samples, {JOINT})"
     reference = (
         "Estimating Gradients for Discrete Random Variables by Sampling without Replacement (Kool, van Hoof and "
         "Welling, 2020). https://arxiv.org/abs/2002.06043"
@@ -203,7 +204,7 @@ class UnorderedSet(JointLayer):
         self,
         latent_dim: int,
         *,
-        family: str = "bernoulli",
+        family: str | Mapping[str, Any] = "bernoulli",
         num_categories: int | None = None,
         num_samples: int = 4,
         baseline: Literal["built_in", "none"] = "built_in",

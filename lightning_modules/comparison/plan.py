@@ -139,7 +139,7 @@ def candidates(
         evaluations = _evaluations(model.layer) if "num_samples" in own else DEFAULT_EVALUATIONS
     if evaluations is None or evaluations < 1:
         raise ValueError(f"needed evaluations >= 1, got {evaluations}.")
-    family = own.get("family", model.layer.family.name)
+    family = own.get("family", model.layer.family.spec)
     latent = {"latent_dim": model.layer.latent_dim, "family": family}
     if model.layer.num_categories is not None:
         latent["num_categories"] = model.layer.num_categories

@@ -61,12 +61,7 @@ def enumerate_outcomes(layer: StochasticLayer) -> Tensor:
     if isinstance(family, QuantizedFamily):
         codes = family.codes.decode(_all_indices(family.codes), torch.float64)
         return torch.stack([torch.cat(rows) for rows in itertools.product(codes, repeat=family.latent_dim)])
-    if family.name not in ("bernoulli", "categorical"):
-        raise ValueError(f"needed a family with finitely many outcomes, got {family.name!r}.")
-    if family.num_categories is None:
-        return torch.tensor(list(itertools.product((0.0, 1.0), repeat=family.latent_dim)), dtype=torch.float64)
-    eye = torch.eye(family.num_categories, dtype=torch.float64)
-    return torch.stack([torch.cat(rows) for rows in itertools.product(eye, repeat=family.latent_dim)])
+    return family.outcomes(torch.float64)
 
 
 def _all_indices(codes: Codes) -> Tensor:

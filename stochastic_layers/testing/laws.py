@@ -24,10 +24,8 @@ MAX_OUTCOMES = 256
 
 def outcomes_of(layer: StochasticLayer) -> Tensor | None:
     """Every outcome ``[N, out_features]`` of a family with finitely many, else ``None``."""
-    if layer.family.name not in ("bernoulli", "categorical"):
-        return None
-    number = (layer.num_categories or 2) ** layer.latent_dim
-    return enumerate_outcomes(layer) if number <= MAX_OUTCOMES else None
+    radix = layer.family.num_outcomes
+    return enumerate_outcomes(layer) if radix and radix**layer.latent_dim <= MAX_OUTCOMES else None
 
 
 def draws_for(layer: StochasticLayer) -> int:

@@ -1,0 +1,310 @@
+"""Choices of exactly k of n items: independent bits given their number, exact in draws, density and means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, constraints, register_kl
+from torch.distributions.utils import lazy_property
+from torch.nn import functional
+
+from stochastic_layers.auxiliary import kernels_usable
+from stochastic_layers.families import ChoiceFamily, register_family
+from stochastic_layers.noise import double_uniform
+from stochastic_layers.options import check_positive_int
+
+__all__ = ["KSubset", "SubsetFamily"]
+
+# Halvings of the interval in which the shift of the logits is sought: the expected number of chosen items is then close
+# enough to k for millions of items, so that it is k with a probability that is far from underflow.
+HALVINGS = 12
+
+
+def _row_by_row(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+    """:func:`_product` in the memory of the result, which is faster on a CPU."""
+    if len(x) > len(y):
+        x, y = y, x
+    result = y.new_zeros(last - first, *y.shape[1:])
+    for i, row in enumerate(x):
+        low, high = max(0, first - i), min(len(y), last - i)
+        if low < high:
+            result[low + i - first : high + i - first].addcmul_(row, y[low:high])
+    return result
+
+
+def _all_terms(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+    """:func:`_product` in few operations: the terms ``[a, c]``, each row shifted by one more, added up."""
+    a, c = len(x), len(y)
+    terms = x.unsqueeze(1) * torch.cat([y, y.new_zeros(a, *y.shape[1:])])  # [a, c + a, ...]
+    shifted = terms.flatten(0, 1)[:-a].view(a, c + a - 1, *terms.shape[2:])
+    total = shifted[:, first:last].sum(0)
+    beyond = last - first - len(total)
+    return torch.cat([total, total.new_zeros(beyond, *total.shape[1:])]) if beyond else total
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.first = first
+        return (_row_by_row if x.device.type == "cpu" else _all_terms)(x, y, first, last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, y = ctx.saved_tensors
+        start = len(y) - 1 - ctx.first, len(x) - 1 - ctx.first
+        grad_x = _product(grad, y.flip(0), start[0], start[0] + len(x))
+        grad_y = _product(grad, x.flip(0), start[1], start[1] + len(y))
+        return grad_x, grad_y, None, None
+
+
+def _product(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+    """Coefficients from ``first`` to below ``last`` of the product of two polynomials ``[a, ...]`` and ``[c, ...]``.
+
+    Coefficient t is the sum over i of ``x[i] y[t - i]``; ``first`` is less than a and less than c.
+    """
+    if not kernels_usable():
+        return _all_terms(x, y, first, last)
+    result: Tensor = _Product.apply(x, y, first, last)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Subset(constraints.Constraint):
+    """Vectors of ones and zeros with a given number of ones."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value == 0) | (value == 1)).all(-1) & (value.sum(-1) == self.size)
+
+
+class KSubset(Distribution):
+    r"""A choice of exactly k of n items, as a vector of ones and zeros: independent bits, given that k of them are 1.
+
+    .. math:: q(z) = \frac{\exp(l^\top z)}{e_k(\exp l)}, \qquad |z| = k, \qquad
+        e_k(w) = \sum_{|S| = k} \prod_{i \in S} w_i
+
+    Known as the conditional Bernoulli law, and as conditional Poisson sampling. It is not the law of the k largest of
+    perturbed logits (Gumbel top-k), which are drawn one after another without replacement; for k = 1 the two agree, and
+    are the categorical law.
+
+    A shift of all logits changes nothing. It is chosen such that k independent bits are expected to be 1; then the
+    number of ones among runs of 1, 2, 4, ... items has a law that is made of those of their halves by products of
+    polynomials with positive coefficients: no logarithm, no cancellation, no underflow. Work and memory are of the
+    order of n k, in log2(n) steps. A draw goes down the same tree, and splits the number of chosen items of
+    each run between its halves.
+
+    Args:
+        logits: ``[..., n]``.
+        size: k, from 1 to n.
+
+    References:
+        Weighted Finite Population Sampling to Maximize Entropy (Xiang-Hui Chen, Arthur P. Dempster, Jun S. Liu, 1994),
+        https://doi.org/10.1093/biomet/81.3.457
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012, as torch declares it
+
+    def __init__(self, logits: Tensor, size: int) -> None:
+        self.logits, self.size = logits, size
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> KSubset:
+        return KSubset(self.logits.expand(*batch_shape, -1), self.size)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Vectors of ones and zeros with k ones."""
+        return _Subset(self.size)
+
+    @lazy_property
+    def _shifted(self) -> Tensor:
+        """Logits ``[n, ...]`` of independent bits of which about k are expected to be 1."""
+        logits = self.logits
+        with torch.no_grad():
+            middle = logits.topk(self.size, -1).values[..., -1:]  # near it lies what is uncertain
+        x = logits - middle
+        with torch.no_grad():
+            low, high = torch.full_like(middle, -math.log(x.shape[-1])), torch.full_like(middle, 40.0)
+            for _ in range(HALVINGS):
+                shift = 0.5 * (low + high)
+                many = (x + shift).sigmoid().sum(-1, keepdim=True) > self.size
+                low, high = torch.where(many, low, shift), torch.where(many, shift, high)
+        return (x + shift).movedim(-1, 0)
+
+    @lazy_property
+    def _tables(self) -> list[Tensor]:
+        """Probabilities of 0, 1, ..., k ones among each run of 1, 2, 4, ... bits: ``[min(bits, k) + 1, runs, ...]``."""
+        x = self._shifted
+        tables = [torch.stack([(-x).sigmoid(), x.sigmoid()])]
+        empty = 2 ** (len(x) - 1).bit_length() - len(x)
+        if empty:  # bits that are 0
+            zero = torch.zeros_like(x[:1]).expand(empty, *x.shape[1:])
+            tables = [torch.cat([tables[0], torch.stack([zero + 1, zero])], 1)]
+        while tables[-1].shape[1] > 1:
+            left, right = _halves(tables[-1])
+            tables.append(_product(left, right, 0, self.size + 1))
+        return tables
+
+    @property
+    def _log_chance(self) -> Tensor:
+        """log of the probability that k of the independent bits are 1."""
+        return self._tables[-1][self.size, 0].log()
+
+    @property
+    def _log_normalizer(self) -> Tensor:
+        """log e_k of exp of the shifted logits."""
+        return self._log_chance + functional.softplus(self._shifted).sum(0)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Linear in the value, so that it is defined between the subsets too; that k are chosen is not checked."""
+        x = self._shifted.movedim(0, -1)
+        return (value * x - functional.softplus(x)).sum(-1).sub(self._log_chance)
+
+    @lazy_property
+    def mean(self) -> Tensor:
+        """The probability of each item ``[..., n]``, which adds up to k."""
+        tables = self._tables
+        root = tables[-1]
+        # the probability of what is outside a run, by the number that is chosen inside, over that of k in all
+        certain = torch.zeros_like(root)
+        certain[self.size] = 1.0
+        outside = certain / root[self.size]
+        for table in reversed(tables[:-1]):
+            a = len(table)
+            left, right = _halves(table)
+            sides = [_product(outside, other.flip(0), a - 1, 2 * a - 1) for other in (right, left)]
+            outside = torch.stack(sides, 2).flatten(1, 2)
+        inside = outside[1] * tables[0][1]
+        return inside[: len(self._shifted)].movedim(0, -1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each item ``[..., n]``."""
+        return self.mean * (1 - self.mean)
+
+    @property
+    def mode(self) -> Tensor:
+        """The k items of the largest logits."""
+        best = self.logits.topk(self.size, -1).indices
+        return torch.zeros_like(self.logits).scatter(-1, best, 1.0)
+
+    def entropy(self) -> Tensor:
+        return -self.log_prob(self.mean)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        draws = shape.numel()
+        tables = [table.detach() for table in self._tables]
+        chosen = torch.full((draws, *tables[-1].shape[1:]), self.size, device=self.logits.device)  # [S, runs, ...]
+        for table in reversed(tables[:-1]):
+            left, right = _halves(table)
+            number = torch.arange(len(table), device=chosen.device).view(-1, *[1] * right.dim())
+            rest = (chosen - number).movedim(0, 1)  # in the right half, where the left one has that number: [S, a, ...]
+            possible = (rest >= 0) & (rest < len(table))
+            weights = right.expand(draws, *right.shape).gather(1, rest.clamp(0, len(table) - 1))
+            weights = (weights * left).where(possible, 0.0)
+            u = double_uniform(chosen.shape, chosen.device)
+            cumulative = weights.cumsum(1, dtype=u.dtype)
+            # below the total, as u <= 1 - eps / 2: the count stops at a weight that is not zero
+            u = u.mul_(cumulative[:, -1])
+            first = (cumulative <= u.unsqueeze(1)).sum(1)
+            chosen = torch.stack([first, chosen - first], 2).flatten(1, 2)
+        z = chosen[:, : self.logits.shape[-1]].movedim(1, -1).to(self.logits.dtype)
+        return z.reshape(*shape, *self.logits.shape)
+
+
+def _halves(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The left and the right one of each pair of neighbouring runs: ``[a, runs, ...]`` -> ``[a, runs / 2, ...]``."""
+    return table[:, 0::2], table[:, 1::2]
+
+
+@register_kl(KSubset, KSubset)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl_of_subsets(q: KSubset, p: KSubset) -> Tensor:
+    if q.size != p.size:
+        raise ValueError(f"needed subsets of one size, got {q.size} and {p.size}; the KL between them is infinite.")
+    mean = q.mean
+    return q.log_prob(mean) - p.log_prob(mean)  # densities are linear in z
+
+
+@register_family
+class SubsetFamily(ChoiceFamily):
+    """Exactly ``size`` of the ``num_categories`` items of each latent variable; see :class:`KSubset`.
+
+    z has ``size`` ones among the ``num_categories`` numbers of each latent variable. Choose the size by
+    ``family={"name": "subset", "size": 3}``; with 1 it is the categorical family.
+
+    Args:
+        latent_dim: Number of latent variables.
+        num_categories: Number of items of each.
+        size: Number of items that are chosen, less than ``num_categories``.
+
+    Raises:
+        ValueError: ``size`` is less than 1, or not less than ``num_categories``.
+    """
+
+    name = "subset"
+
+    def __init__(self, latent_dim: int, num_categories: int | None = None, *, size: int = 2) -> None:
+        super().__init__(latent_dim, num_categories)
+        assert self.num_categories is not None
+        self.size = check_positive_int("size", size, "it is the number of items that are chosen")
+        if size >= self.num_categories:
+            raise ValueError(
+                f"needed size < num_categories, which is {self.num_categories}, got {size}; choosing all is no choice."
+            )
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        return {"name": self.name, "size": self.size}
+
+    def distribution(self, params: Tensor) -> Distribution:
+        return Independent(KSubset(self.unflatten(params), self.size), 1, validate_args=False)
+
+    def sample(self, q: Distribution, num_samples: int) -> Tensor:
+        return q.sample(torch.Size((num_samples,))).flatten(-2)
+
+    def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
+        assert isinstance(q, Independent)
+        result: Tensor = q.base_dist.log_prob(self.unflatten(z)).sum(-1)
+        return result
+
+    def mode(self, q: Distribution) -> Tensor:
+        assert isinstance(q, Independent)
+        law: Any = q.base_dist
+        best: Tensor = law.mode
+        return best.flatten(-2)
+
+    @property
+    def num_outcomes(self) -> int:
+        assert self.num_categories is not None
+        return math.comb(self.num_categories, self.size)
+
+    def outcome_scores(self, params: Tensor) -> Tensor:
+        every = self._members(torch.arange(self.num_outcomes, device=params.device))
+        wide = torch.float32 if params.device.type == "mps" else torch.float64  # no shortened mantissa on a GPU
+        return (self.unflatten(params).to(wide) @ every.to(wide).T).to(params.dtype)
+
+    def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._members(index).to(dtype).flatten(-2)
+
+    def _members(self, index: Tensor) -> Tensor:
+        """The subsets of numbers ``[...]``, in the order of ``itertools.combinations``: booleans ``[..., n]``."""
+        assert self.num_categories is not None
+        left, bits = torch.full_like(index, self.size), []
+        for item in range(self.num_categories):
+            after = self.num_categories - 1 - item
+            # subsets that have this item come first; so many there are, by the number of items that are yet to come
+            having = index.new_tensor([math.comb(after, n - 1) if n else 0 for n in range(self.size + 1)])[left]
+            chosen = index < having
+            bits.append(chosen)
+            index, left = torch.where(chosen, index, index - having), left - chosen.long()
+        return torch.stack(bits, -1)
