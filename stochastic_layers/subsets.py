@@ -46,12 +46,17 @@ def _all_terms(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
     return torch.cat([total, total.new_zeros(beyond, *total.shape[1:])]) if beyond else total
 
 
+def _without_specks(table: Tensor) -> Tensor:
+    """Numbers whose products would underflow, as zeros: a CPU takes a hundred times as long over denormal numbers."""
+    return functional.hardshrink(table, torch.finfo(table.dtype).tiny ** 0.5)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
         ctx.save_for_backward(x, y)
         ctx.first = first
-        return (_row_by_row if x.device.type == "cpu" else _all_terms)(x, y, first, last)
+        return _without_specks((_row_by_row if x.device.type == "cpu" else _all_terms)(x, y, first, last))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -68,7 +73,7 @@ def _product(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
     Coefficient t is the sum over i of ``x[i] y[t - i]``; ``first`` is less than a and less than c.
     """
     if not kernels_usable():
-        return _all_terms(x, y, first, last)
+        return _without_specks(_all_terms(x, y, first, last))
     result: Tensor = _Product.apply(x, y, first, last)  # type: ignore[no-untyped-call]
     return result
 
@@ -98,8 +103,8 @@ class KSubset(Distribution):
 
     A shift of all logits changes nothing. It is chosen such that k independent bits are expected to be 1; then the
     number of ones among runs of 1, 2, 4, ... items has a law that is made of those of their halves by products of
-    polynomials with positive coefficients: no logarithm, no cancellation, no underflow. Work and memory are of the
-    order of n k, in log2(n) steps. A draw goes down the same tree, and splits the number of chosen items of
+    polynomials with positive coefficients, in float64: no logarithm, no cancellation, and nothing underflows whose
+    probability is above 1e-150. Work and memory are of the order of n k, in log2(n) steps. A draw goes down the same tree, and splits the number of chosen items of
     each run between its halves.
 
     Args:
@@ -127,8 +132,8 @@ class KSubset(Distribution):
 
     @lazy_property
     def _shifted(self) -> Tensor:
-        """Logits ``[n, ...]`` of independent bits of which about k are expected to be 1."""
-        logits = self.logits
+        """Logits ``[n, ...]`` of independent bits of which about k are expected to be 1, in float64."""
+        logits = self.logits if self.logits.device.type == "mps" else self.logits.double()
         with torch.no_grad():
             middle = logits.topk(self.size, -1).values[..., -1:]  # near it lies what is uncertain
         x = logits - middle
@@ -144,14 +149,14 @@ class KSubset(Distribution):
     def _tables(self) -> list[Tensor]:
         """Probabilities of 0, 1, ..., k ones among each run of 1, 2, 4, ... bits: ``[min(bits, k) + 1, runs, ...]``."""
         x = self._shifted
-        tables = [torch.stack([(-x).sigmoid(), x.sigmoid()])]
+        tables = [_without_specks(torch.stack([(-x).sigmoid(), x.sigmoid()]))]
         empty = 2 ** (len(x) - 1).bit_length() - len(x)
         if empty:  # bits that are 0
             zero = torch.zeros_like(x[:1]).expand(empty, *x.shape[1:])
             tables = [torch.cat([tables[0], torch.stack([zero + 1, zero])], 1)]
         while tables[-1].shape[1] > 1:
             left, right = _halves(tables[-1])
-            tables.append(_product(left, right, 0, self.size + 1))
+            tables.append(_product(left, right, 0, min(2 * len(left) - 1, self.size + 1)))
         return tables
 
     @property
@@ -167,7 +172,7 @@ class KSubset(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Linear in the value, so that it is defined between the subsets too; that k are chosen is not checked."""
         x = self._shifted.movedim(0, -1)
-        return (value * x - functional.softplus(x)).sum(-1).sub(self._log_chance)
+        return (value * x - functional.softplus(x)).sum(-1).sub(self._log_chance).to(self.logits.dtype)
 
     @lazy_property
     def mean(self) -> Tensor:
@@ -184,7 +189,7 @@ class KSubset(Distribution):
             sides = [_product(outside, other.flip(0), a - 1, 2 * a - 1) for other in (right, left)]
             outside = torch.stack(sides, 2).flatten(1, 2)
         inside = outside[1] * tables[0][1]
-        return inside[: len(self._shifted)].movedim(0, -1)
+        return inside[: len(self._shifted)].movedim(0, -1).to(self.logits.dtype)
 
     @property
     def variance(self) -> Tensor:

@@ -74,6 +74,6 @@ def test_a_family(case, tmp_path):
 )
 def test_every_layer_and_family(name, family, tmp_path):
     options = {"family": family} if len(sl.describe(name).families) > 1 else {}
-    if family in ("categorical", "dirichlet", "invertible_gaussian"):
+    if sl.families.takes_categories(family):
         options["num_categories"] = 4
     check(name, options, tmp_path / "model.pt2")

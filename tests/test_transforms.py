@@ -35,7 +35,7 @@ EXAMPLES = 4096
 
 
 def a_layer(name, family):
-    options = {"num_categories": 3} if family in ("categorical", "dirichlet", "invertible_gaussian") else {}
+    options = {"num_categories": 3} if sl.families.takes_categories(family) else {}
     if name in ("reinforce", "dice"):
         options["baseline"] = "none"
     return sl.create(name, latent_dim=1 if name == "arsm" else 2, family=family, **options)

@@ -134,7 +134,8 @@ class Subject:
         self.family = family or fallback
         self.options["family"] = self.family
         if takes_categories(self.family):
-            self.options.setdefault("num_categories", NUM_CATEGORIES)
+            # of three, two that are chosen are one that is not
+            self.options.setdefault("num_categories", 4 if self.family == "subset" else NUM_CATEGORIES)
         if "latent_dim" not in self.options:
             # few enough for expectations by enumeration or a product rule; a point of a simplex is several numbers
             self.options["latent_dim"] = {"bernoulli": 3, "dirichlet": 1}.get(self.family, 2)

@@ -1,0 +1,271 @@
+"""Choices of k of n items: everything about their law against a sum over all of them, and layers that train by it."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, OneHotCategorical, kl_divergence
+
+import stochastic_layers as sl
+from stochastic_layers.families import create_family
+from stochastic_layers.registry import layer_class
+from stochastic_layers.subsets import _all_terms, _product, _row_by_row
+from stochastic_layers.testing import check_mean, enumerate_outcomes
+
+SIZES = [(2, 1), (3, 2), (4, 2), (5, 1), (5, 4), (6, 3), (8, 3), (9, 5)]
+FALSE_ALARM = 1e-6
+
+
+def subsets(n, k):
+    rows = [[float(i in chosen) for i in range(n)] for chosen in itertools.combinations(range(n), k)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def logits_of(*shape, seed=0, scale=1.5):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_hand(logits, k):
+    """All subsets ``[N, n]`` and their log-probabilities ``[..., N]``."""
+    every = subsets(logits.shape[-1], k)
+    return every, (logits @ every.T).log_softmax(-1)
+
+
+def p_value(draws, every, probs):
+    """Chi-square of draws ``[R, n]``; outcomes that are expected less than five times are pooled."""
+    hits = torch.cdist(draws.double(), every, p=1) == 0
+    assert bool(hits.any(-1).all()), "a draw is no subset"
+    counts, expected = hits.sum(0).double(), probs * len(draws)
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum().view(1)])
+    expected = torch.cat([expected[~rare], expected[rare].sum().view(1)])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected).square() / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
+
+
+def fitting(name, **options):
+    """A layer over two choices of 2 of 4 items."""
+    return sl.create(name, latent_dim=2, family="subset", num_categories=4, **options).double()
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_density_mean_variance_and_entropy_are_those_of_the_sum_over_all_subsets(n, k):
+    logits = logits_of(3, n)
+    q = sl.KSubset(logits, k)
+    every, log_probs = by_hand(logits, k)
+    probs = log_probs.exp()
+    torch.testing.assert_close(q.log_prob(every.unsqueeze(1)).T, log_probs)
+    mean = probs @ every
+    torch.testing.assert_close(q.mean, mean)
+    torch.testing.assert_close(q.variance, mean - mean.square())
+    torch.testing.assert_close(q.entropy(), -(probs * log_probs).sum(-1))
+    torch.testing.assert_close(q.mode, every[log_probs.argmax(-1)])
+    other = sl.KSubset(logits_of(3, n, seed=1), k)
+    wanted = (probs * (log_probs - by_hand(other.logits, k)[1])).sum(-1)
+    torch.testing.assert_close(kl_divergence(q, other), wanted)
+
+
+@pytest.mark.parametrize(("n", "k"), [(3, 2), (5, 2), (6, 3)])
+def test_first_and_second_derivatives_are_those_of_the_sum_over_all_subsets(n, k):
+    logits, vector = logits_of(2, n).requires_grad_(), logits_of(2, n, seed=2)
+
+    def derivatives(mean, log_prob):
+        (first,) = torch.autograd.grad((mean * vector).sum(), logits, create_graph=True)
+        (second,) = torch.autograd.grad((first * vector).sum(), logits, retain_graph=True)
+        (score,) = torch.autograd.grad(log_prob.sum(), logits, create_graph=True)
+        (curvature,) = torch.autograd.grad((score * vector).sum(), logits)
+        return first, second, score, curvature
+
+    q = sl.KSubset(logits, k)
+    every, log_probs = by_hand(logits, k)
+    found = derivatives(q.mean, q.log_prob(every[-1]))
+    torch.testing.assert_close(found, derivatives(log_probs.exp() @ every, log_probs[..., -1]))
+    assert torch.autograd.gradgradcheck(lambda x: sl.KSubset(x, k).mean, logits)
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 2), (6, 3), (8, 3), (9, 5)])
+def test_draws_follow_the_law(n, k):
+    torch.manual_seed(0)
+    logits = logits_of(2, n)
+    draws = sl.KSubset(logits, k).sample((40_000,))
+    assert draws.shape == (40_000, 2, n)
+    every, log_probs = by_hand(logits, k)
+    for row in range(2):
+        assert p_value(draws[:, row], every, log_probs[row].exp()) > FALSE_ALARM
+    assert abs(float(torch.corrcoef(draws.flatten(1).T)[0, n])) < 5 / math.sqrt(40_000)  # rows are independent
+
+
+def test_control_the_largest_of_perturbed_logits_follow_another_law():
+    torch.manual_seed(0)
+    logits = logits_of(6)
+    noise = -torch.empty(40_000, 6, dtype=torch.float64).exponential_().log()
+    draws = torch.zeros_like(noise).scatter_(-1, (logits + noise).topk(3).indices, 1.0)
+    every, log_probs = by_hand(logits, 3)
+    assert p_value(draws, every, log_probs.exp()) < FALSE_ALARM
+
+
+def test_one_of_n_is_the_categorical_law():
+    logits = logits_of(3, 7)
+    q, categorical = sl.KSubset(logits, 1), Categorical(logits=logits)
+    torch.testing.assert_close(q.mean, categorical.probs)
+    torch.testing.assert_close(q.entropy(), categorical.entropy())
+    eye = torch.eye(7, dtype=torch.float64)
+    torch.testing.assert_close(q.log_prob(eye[2]), OneHotCategorical(logits=logits).log_prob(eye[2]))
+
+
+@pytest.mark.parametrize("n", [40, 1000])
+def test_what_is_left_out_is_a_subset_too(n):
+    logits = logits_of(n)
+    q, rest = sl.KSubset(logits, n // 4), sl.KSubset(-logits, n - n // 4)
+    torch.testing.assert_close(q.mean, 1 - rest.mean)
+    z = q.sample()
+    torch.testing.assert_close(q.log_prob(z), rest.log_prob(1 - z))
+
+
+@pytest.mark.parametrize("k", [1, 7, 2000, 3999])
+def test_thousands_of_items(k):
+    torch.manual_seed(0)
+    logits = logits_of(2, 4000, scale=3.0).float().requires_grad_()
+    q = sl.KSubset(logits, k)
+    torch.testing.assert_close(q.mean.sum(-1), torch.full((2,), float(k)))
+    torch.testing.assert_close(q.mean.double(), sl.KSubset(logits.detach().double(), k).mean, rtol=1e-4, atol=1e-12)
+    z = q.sample((3,))
+    assert bool((z.sum(-1) == k).all())
+    (gradient,) = torch.autograd.grad(q.log_prob(z).sum(), logits)
+    torch.testing.assert_close(gradient, (z - q.mean).sum(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("logits", "k", "probs"),
+    [
+        # the first is certain, the second is 0.1 behind the third although both are far below it
+        ([1e4, 0.0, 0.1, -1e4], 2, [1.0, 0.475021, 0.524979, 0.0]),
+        ([1e18, 0.0, 0.1, -1e18], 3, [1.0, 1.0, 1.0, 0.0]),
+        ([1e4] * 5 + [-1e4] * 5, 6, [1.0] * 5 + [0.2] * 5),
+        ([1e4] * 5 + [-1e4] * 5, 4, [0.8] * 5 + [0.0] * 5),
+        ([0.0] * 64 + [60.0], 1, [8.7565e-27] * 64 + [1.0]),
+    ],
+)
+def test_extreme_logits(logits, k, probs):
+    torch.manual_seed(0)
+    logits = torch.tensor(logits, requires_grad=True)
+    q = sl.KSubset(logits, k)
+    torch.testing.assert_close(q.mean, torch.tensor(probs), rtol=1e-4, atol=1e-30)
+    z = q.sample((2000,))
+    assert bool((z.sum(-1) == k).all())
+    assert not bool((z.sum(0) > 0)[q.mean == 0].any())
+    (gradient,) = torch.autograd.grad((q.mean * torch.arange(len(logits))).sum() + q.log_prob(z).sum(), logits)
+    assert bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(q.entropy()))
+
+
+def test_rare_items_are_drawn_as_often_as_they_should():
+    # sixty items that together are chosen once in a thousand draws, beside two that take nearly all
+    torch.manual_seed(0)
+    logits = torch.cat([torch.zeros(60), torch.full((2,), 11.7)])
+    q = sl.KSubset(logits, 2)
+    chance = float(q.mean[:60].double().sum())
+    wanted = float(sl.KSubset(logits.double(), 2).mean[:60].sum())
+    assert chance == pytest.approx(wanted, rel=1e-5) and chance == pytest.approx(0.001, rel=0.2)
+    rare = int(q.sample((50_000,))[:, :60].sum())
+    assert abs(rare - 50_000 * chance) < 5 * math.sqrt(50_000 * chance)
+
+
+@pytest.mark.parametrize(
+    ("a", "c", "first", "last"), [(3, 3, 0, 5), (3, 3, 0, 2), (4, 2, 1, 4), (5, 5, 4, 9), (3, 4, 0, 9)]
+)
+def test_products_of_polynomials(a, c, first, last):
+    x, y = logits_of(a, 2, 3), logits_of(c, 2, 3, seed=1)
+    whole = torch.zeros(max(last, a + c - 1), 2, 3, dtype=torch.float64)
+    for i, j in itertools.product(range(a), range(c)):
+        whole[i + j] += x[i] * y[j]
+    for product in (_row_by_row, _all_terms, _product):
+        torch.testing.assert_close(product(x, y, first, last), whole[first:last])
+
+
+def test_a_hundred_thousand_logits_of_one_kind_do_not_underflow():
+    q = sl.KSubset(torch.zeros(100_000), 1000)
+    torch.testing.assert_close(q.mean, torch.full((100_000,), 0.01))
+
+
+@pytest.mark.parametrize(
+    "name", ["reinforce", "leave_one_out", "dice", "unordered_set", "sum_and_sample", "enumeration"]
+)
+def test_unbiased_layers_have_the_exact_gradient(name):
+    torch.manual_seed(0)
+    layer = fitting(name)
+    cost = sl.testing.PolynomialCost("asymmetric", layer.out_features)
+    check_mean(layer, logits_of(layer.in_features, scale=0.8), cost)
+
+
+def test_straight_through_is_the_covariance_times_the_slope():
+    layer, params = fitting("straight_through"), logits_of(3, 8).requires_grad_()
+    slope = logits_of(3, 8, seed=1)
+    (gradient,) = torch.autograd.grad((layer(params) * slope).sum(), params)
+    every = enumerate_outcomes(layer)
+    probs = layer.family.log_prob(layer.distribution(params), every.unsqueeze(1)).exp()  # [N, 3]
+    centered = every.unsqueeze(1) - torch.einsum("nb,ni->bi", probs, every)
+    covariance = torch.einsum("nb,nbi,nbj->bij", probs, centered, centered)
+    torch.testing.assert_close(gradient, torch.einsum("bij,bj->bi", covariance, slope))
+
+
+def test_outcomes_are_numbered_without_a_list_of_them():
+    family = create_family({"name": "subset", "size": 3}, 1, 7)
+    assert family.num_outcomes == 35
+    assert torch.equal(family.outcomes(torch.float64), subsets(7, 3))
+    # of 10 ** 12 subsets none is listed
+    large = create_family({"name": "subset", "size": 10}, 1, 60)
+    last = large.outcome_values(torch.tensor([[0], [large.num_outcomes - 1]]), torch.float32)
+    assert last[0, :10].sum() == 10 and last[1, -10:].sum() == 10
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ({"name": "subset", "size": 0}, "size >= 1, got 0"),
+        ({"name": "subset", "size": 4}, r"size < num_categories, which is 4, got 4"),
+        ({"name": "subset", "size": 2.0}, "size >= 1, got 2.0"),
+        ({"name": "subset", "count": 2}, "options of family 'subset'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(family, message):
+    with pytest.raises(ValueError, match=message):
+        sl.create("straight_through", latent_dim=1, family=family, num_categories=4)
+
+
+def test_subsets_of_two_sizes_have_no_divergence():
+    with pytest.raises(ValueError, match="subsets of one size, got 2 and 3"):
+        kl_divergence(sl.KSubset(torch.zeros(5), 2), sl.KSubset(torch.zeros(5), 3))
+
+
+def test_too_many_subsets_are_refused_in_few_digits():
+    with pytest.raises(ValueError, match=r"got 1e299 \*\* 1; use"):
+        sl.create("enumeration", latent_dim=1, family={"name": "subset", "size": 500}, num_categories=1000)
+
+
+def test_a_layer_says_how_to_build_it_again():
+    layer = sl.create("straight_through", latent_dim=3, family={"name": "subset", "size": 2}, num_categories=5)
+    assert "family={'name': 'subset', 'size': 2}, num_categories=5" in repr(layer)
+    assert layer.family.spec == {"name": "subset", "size": 2}
+    assert copy.deepcopy(layer).family.spec == layer.family.spec
+    assert [name for name in sl.list_layers(family="subset") if "subset" not in layer_class(name).families] == []
+
+
+def test_a_model_that_must_choose_learns_which_items_matter():
+    # eight columns, of which two make the target: the layer has to find the pair
+    torch.manual_seed(0)
+    layer = sl.create("straight_through", latent_dim=1, family="subset", num_categories=8)
+    logits = torch.nn.Parameter(torch.zeros(8))
+    weights = torch.nn.Parameter(torch.zeros(8))
+    optimizer = torch.optim.Adam([logits, weights], lr=0.05)
+    for _ in range(300):
+        x = torch.randn(64, 8)
+        chosen = layer(logits.expand(64, -1))
+        loss = ((chosen * x * weights).sum(-1) - 2 * x[:, 1] + x[:, 6]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert layer.mode(logits.detach()).nonzero().flatten().tolist() == [1, 6]
+    assert float(layer.distribution(logits.detach()).mean.flatten()[[1, 6]].min()) > 0.9
