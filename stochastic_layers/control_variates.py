@@ -9,20 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_layers.baselines import RunningMean, as_of_now, create_baseline, mean_over_all_ranks
-from stochastic_layers.categorical import softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
+from stochastic_layers.subsets import SubsetFamily
 
 __all__ = ["NVIL", "CostMoments", "MuProp", "RelativeVariance"]
 
 
 def mean_point(family: Family, params: Tensor) -> Tensor:
     """E_q[z] ``[*batch, out_features]`` of a discrete family, detached: the probabilities."""
-    params = params.detach()
-    if isinstance(family, CategoricalFamily):
-        return softmax(family.unflatten(params)).flatten(-2)
-    return torch.sigmoid(params)
+    return family.distribution(params.detach()).mean.flatten(params.dim() - 1)
+
+
+def covariance_product(family: Family, params: Tensor, mean: Tensor, vector: Tensor) -> Tensor:
+    """The covariance of z times a vector ``[*leading, features]``: the derivative of the mean, which is symmetric."""
+    if not isinstance(family, SubsetFamily):
+        return jacobian_product(family, mean, vector)
+    with torch.enable_grad():
+        leaf = differentiable_points(params, params)
+        point = family.distribution(leaf).mean.flatten(params.dim() - 1)
+        (product,) = torch.autograd.grad(point, leaf, vector.reshape(point.shape))
+    return product.reshape(vector.shape)
 
 
 def jacobian_product(family: Family, point: Tensor, vector: Tensor) -> Tensor:
@@ -237,8 +245,8 @@ class MuProp(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example; the last of the S + 1 points is the mean, of weight 0.
 
     References:
@@ -251,7 +259,7 @@ class MuProp(StochasticLayer):
         tensor([1., 0.])
     """
 
-    families = ("bernoulli", "categorical")
+    families = ("bernoulli", "categorical", "subset")
     unbiased = True
     needs = ("cost", "cost_gradient", "relaxable_cost")
     evaluations = "num_samples + 1"
@@ -261,7 +269,12 @@ class MuProp(StochasticLayer):
     )
 
     def __init__(
-        self, latent_dim: int, *, family: str = "bernoulli", num_categories: int | None = None, num_samples: int = 1
+        self,
+        latent_dim: int,
+        *,
+        family: str | Mapping[str, Any] = "bernoulli",
+        num_categories: int | None = None,
+        num_samples: int = 1,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
 
@@ -278,7 +291,7 @@ class MuProp(StochasticLayer):
             score = joined(hard, cost.dim()) - center  # [S, *lead, features]
             linear = (slope * score).sum(-1)
             residual = (cost[:draws] - cost[draws]).detach() - linear
-            estimate = (residual.unsqueeze(-1) * score).mean(0) + jacobian_product(self.family, center, slope)
+            estimate = (residual.unsqueeze(-1) * score).mean(0) + covariance_product(self.family, params, center, slope)
             return inject(estimate, params)
 
         weights = torch.cat([hard.new_full((draws,), 1.0 / draws), hard.new_zeros(1)])

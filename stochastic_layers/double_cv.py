@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from stochastic_layers.baselines import RunningMean
 from stochastic_layers.control_variates import (
     cost_gradient,
+    covariance_product,
     differentiable_points,
     inject,
-    jacobian_product,
     joined,
     mean_point,
 )
@@ -83,8 +86,8 @@ class DoubleControlVariate(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"`` or ``"categorical"``.
-        num_categories: Number of categories of a categorical variable.
+        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example, at least 2.
         decay: Weight of the past in the moments for a.
 
@@ -101,7 +104,7 @@ class DoubleControlVariate(StochasticLayer):
         torch.Size([2, 5, 3])
     """
 
-    families = ("bernoulli", "categorical")
+    families = ("bernoulli", "categorical", "subset")
     unbiased = True
     needs = ("cost", "cost_gradient")
     reference = (
@@ -113,7 +116,7 @@ class DoubleControlVariate(StochasticLayer):
         self,
         latent_dim: int,
         *,
-        family: str = "bernoulli",
+        family: str | Mapping[str, Any] = "bernoulli",
         num_categories: int | None = None,
         num_samples: int = 2,
         decay: float = 0.99,
@@ -139,7 +142,9 @@ class DoubleControlVariate(StochasticLayer):
             slope = joined(slope, ndim)
             others = (slope.sum(0) - slope) / (self.num_samples - 1)
             linear = from_others((others * score).sum(-1))
-            control = (linear.unsqueeze(-1) * score).mean(0) - jacobian_product(self.family, center, slope.mean(0))
+            control = (linear.unsqueeze(-1) * score).mean(0) - covariance_product(
+                self.family, params, center, slope.mean(0)
+            )
             self.coefficients.observe(estimate, control.unsqueeze(0))
             return inject(estimate + coefficients.to(control.dtype) * control, params)
 

@@ -104,8 +104,8 @@ class KSubset(Distribution):
     A shift of all logits changes nothing. It is chosen such that k independent bits are expected to be 1; then the
     number of ones among runs of 1, 2, 4, ... items has a law that is made of those of their halves by products of
     polynomials with positive coefficients, in float64: no logarithm, no cancellation, and nothing underflows whose
-    probability is above 1e-150. Work and memory are of the order of n k, in log2(n) steps. A draw goes down the same tree, and splits the number of chosen items of
-    each run between its halves.
+    probability is above 1e-150. Work and memory are of the order of n k, in log2(n) steps. A draw goes down the same
+    tree, and splits the number of chosen items of each run between its halves.
 
     Args:
         logits: ``[..., n]``.
