@@ -4,6 +4,10 @@ Every column of a table has a gate. The loss is the error of the prediction plus
 that gates of useless columns close. Gates are drawn for each row, and are 0 or 1, or (``hard_concrete``) mostly so::
 
     python docs/examples/feature_selection.py --layer hard_concrete disarm reinmax
+
+Where it is known how many columns may be used, no price is needed: the layer chooses exactly so many::
+
+    python docs/examples/feature_selection.py --exactly 5
 """
 
 import argparse
@@ -19,6 +23,7 @@ import stochastic_layers as sl
 
 COLUMNS, USEFUL, PRICE = 50, 5, 0.05
 LAYERS = ["hard_concrete", "disarm", "straight_through", "reinmax", "gumbel_softmax"]
+CHOOSERS = ["double_cv", "leave_one_out", "muprop", "straight_through"]
 OPTIONS = {"gumbel_softmax": {"family": "bernoulli", "temperature": 0.5}}
 
 
@@ -33,15 +38,23 @@ def table_of(rows, generator):
 def chance_of_being_open(layer, logits):
     """P(gate > 0) of each column ``[COLUMNS]``, with its gradient."""
     q = layer.distribution(logits)
-    return 1 - q.base_dist.log_prob_zero.exp() if layer.family.name == "hard_concrete" else q.mean
+    return 1 - q.base_dist.log_prob_zero.exp() if layer.family.name == "hard_concrete" else q.mean.flatten()
 
 
-def train(name, steps, seed):
+def gates_of(name, exactly):
+    """A layer with a gate for each column, or one that chooses a number of them, and the price of a gate."""
+    if exactly is None:
+        return sl.create(name, latent_dim=COLUMNS, **OPTIONS.get(name, {})), PRICE
+    family = {"name": "subset", "size": exactly}
+    return sl.create(name, latent_dim=1, num_categories=COLUMNS, family=family), 0.0
+
+
+def train(name, steps, seed, exactly=None):
     """Gates ``[COLUMNS]``, the chance that each is open, and the share of the variance that is not explained."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     x, y = table_of(2000, generator)
-    layer = sl.create(name, latent_dim=COLUMNS, **OPTIONS.get(name, {}))
+    layer, price = gates_of(name, exactly)
     logits = nn.Parameter(torch.full((COLUMNS,), 1.0))
     network = nn.Sequential(nn.Linear(COLUMNS, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     groups = [{"params": network.parameters(), "lr": 2e-3}, {"params": [logits, *layer.parameters()], "lr": 0.02}]
@@ -50,7 +63,7 @@ def train(name, steps, seed):
         rows = torch.randint(len(x), (200,))
         sample = layer.sample(logits.expand(200, -1))
         cost = (network(sample.z * x[rows]).squeeze(-1) - y[rows]).square()
-        loss = sample.surrogate(cost).mean() + PRICE * chance_of_being_open(layer, logits).sum()
+        loss = sample.surrogate(cost).mean() + price * chance_of_being_open(layer, logits).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -65,25 +78,29 @@ def main(words=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gates = sorted({*sl.list_layers(family="bernoulli"), "hard_concrete"})
-    parser.add_argument("--layer", nargs="+", default=LAYERS, choices=gates, metavar="L")
+    parser.add_argument("--layer", nargs="+", choices=gates, metavar="L")
+    parser.add_argument("--exactly", type=int, metavar="K", help="choose K columns, instead of gates that have a price")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the picture")
     options = parser.parse_args(words)
 
+    names = options.layer or (LAYERS if options.exactly is None else CHOOSERS)
+    if options.exactly is not None and (wrong := set(names) - set(sl.list_layers(family="subset"))):
+        parser.error(f"needed layers that choose subsets, got {sorted(wrong)}: {sl.list_layers(family='subset')}")
     title = f"{USEFUL} of {COLUMNS} columns matter; {options.seeds} seeds"
     table = Table("layer", "useful columns kept", "others kept", "test variance not explained", title=title)
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(options.layer) + 1))
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(names) + 1))
     pictures = []
-    for name in options.layer:
-        runs = [train(name, options.steps, seed) for seed in range(options.seeds)]
+    for name in names:
+        runs = [train(name, options.steps, seed, options.exactly) for seed in range(options.seeds)]
         kept = [gates > 0 for gates, _, _ in runs]
         useful = ", ".join(str(int(k[:USEFUL].sum())) for k in kept)
         others = ", ".join(str(int(k[USEFUL:].sum())) for k in kept)
         table.add_row(name, useful, others, ", ".join(f"{100 * error:.0f} %" for _, _, error in runs))
         pictures.append(torch.stack([chance for _, chance, _ in runs]).mean(0))
     image = axes.imshow(torch.stack(pictures).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    axes.set_yticks(range(len(options.layer)), options.layer)
+    axes.set_yticks(range(len(names)), names)
     axes.set(xlabel=f"column (the first {USEFUL} matter)", title="chance that the gate is open")
     figure.colorbar(image)
     options.out.mkdir(parents=True, exist_ok=True)
