@@ -24,58 +24,132 @@ __all__ = ["KSubset", "SubsetFamily"]
 HALVINGS = 12
 
 
-def _row_by_row(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
-    """:func:`_product` in the memory of the result, which is faster on a CPU."""
-    if len(x) > len(y):
-        x, y = y, x
-    result = y.new_zeros(last - first, *y.shape[1:])
-    for i, row in enumerate(x):
-        low, high = max(0, first - i), min(len(y), last - i)
-        if low < high:
-            result[low + i - first : high + i - first].addcmul_(row, y[low:high])
+def _halves(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The left and the right one of each pair of neighbouring runs: ``[a, runs, ...]`` -> ``[a, runs / 2, ...]``."""
+    return table[:, 0::2], table[:, 1::2]
+
+
+def _shifted_terms(x: Tensor, y: Tensor) -> Tensor:
+    """Terms ``x[i] y[t - i]`` of a product of polynomials: ``[a, ...]``, ``[c, ...]`` -> ``[a, a + c - 1, ...]``."""
+    a, c = len(x), len(y)
+    terms = x.unsqueeze(1) * torch.cat([y, y.new_zeros(a, *y.shape[1:])])  # [a, c + a, ...]
+    return terms.flatten(0, 1)[:-a].view(a, c + a - 1, *terms.shape[2:])
+
+
+def _add_product(result: Tensor, x: Tensor, y: Tensor) -> None:
+    for i, row in enumerate(x.unbind()[: len(result)]):
+        count = min(len(y), len(result) - i)
+        result[i : i + count].addcmul_(row, y[:count])
+
+
+def _add_correlation(result: Tensor, x: Tensor, y: Tensor) -> None:
+    for i, row in enumerate(y.unbind()[: len(x)]):
+        count = min(len(result), len(x) - i)
+        result[:count].addcmul_(row, x[i : i + count])
+
+
+class _Paired(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(table)
+        left, right = _halves(table)
+        result = table.new_zeros(size, *left.shape[1:])
+        _add_product(result, left, right)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        return _outside(grad, table), None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(x, table)
+        (left, right), (x_left, x_right) = _halves(table), _halves(x)
+        result = table.new_zeros(size, *left.shape[1:])
+        _add_product(result, x_left, right)
+        _add_product(result, x_right, left)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, table = ctx.saved_tensors
+        return _outside(grad, table), _outside(grad, x), None
+
+
+class _Outside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, around: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(around, table)
+        result = torch.zeros_like(table)
+        (left, right), (to_left, to_right) = _halves(table), _halves(result)
+        _add_correlation(to_left, around, right)
+        _add_correlation(to_right, around, left)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        around, table = ctx.saved_tensors
+        return _joined(grad, table, len(around)), _outside(around, grad)
+
+
+# Each of the following three maps is linear in each of its tensors, and its derivatives are among them.
+
+
+def _by_formula(tensor: Tensor) -> bool:
+    """Whether few large operations are better than many small ones, or have to be."""
+    return tensor.device.type != "cpu" or not kernels_usable()
+
+
+def _paired(table: Tensor, size: int) -> Tensor:
+    """The first ``size`` coefficients of (left) (right), of each pair of runs.
+
+    Args:
+        table: ``[a, runs, ...]``.
+        size: At most 2 a - 1.
+
+    Returns:
+        ``[size, runs / 2, ...]``.
+    """
+    if _by_formula(table):
+        return _shifted_terms(*_halves(table))[:, :size].sum(0)
+    result: Tensor = _Paired.apply(table, size)  # type: ignore[no-untyped-call]
     return result
 
 
-def _all_terms(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
-    """:func:`_product` in few operations: the terms ``[a, c]``, each row shifted by one more, added up."""
-    a, c = len(x), len(y)
-    terms = x.unsqueeze(1) * torch.cat([y, y.new_zeros(a, *y.shape[1:])])  # [a, c + a, ...]
-    shifted = terms.flatten(0, 1)[:-a].view(a, c + a - 1, *terms.shape[2:])
-    total = shifted[:, first:last].sum(0)
-    beyond = last - first - len(total)
-    return torch.cat([total, total.new_zeros(beyond, *total.shape[1:])]) if beyond else total
+def _joined(x: Tensor, table: Tensor, size: int) -> Tensor:
+    """The derivative of :func:`_paired` by the table, in the direction of x, a table too."""
+    if _by_formula(x):
+        (left, right), (x_left, x_right) = _halves(table), _halves(x)
+        return (_shifted_terms(x_left, right) + _shifted_terms(x_right, left))[:, :size].sum(0)
+    result: Tensor = _Joined.apply(x, table, size)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _outside(around: Tensor, table: Tensor) -> Tensor:
+    """The gradient by the table of ``(around * _paired(table)).sum()``: ``[a, runs, ...]``.
+
+    Where ``around`` has the probabilities of what is outside each pair, by the number of ones in the pair, these are
+    those of what is outside each run, by the number of ones in the run.
+
+    Args:
+        around: ``[size, runs / 2, ...]``.
+        table: ``[a, runs, ...]``.
+    """
+    if _by_formula(around):
+        a = len(table)
+        around = torch.cat([around, around.new_zeros(2 * a - 1 - len(around), *around.shape[1:])])
+        sides = [_shifted_terms(around, half.flip(0))[:, a - 1 : 2 * a - 1].sum(0) for half in reversed(_halves(table))]
+        return torch.stack(sides, 2).flatten(1, 2)
+    result: Tensor = _Outside.apply(around, table)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _without_specks(table: Tensor) -> Tensor:
     """Numbers whose products would underflow, as zeros: a CPU takes a hundred times as long over denormal numbers."""
     return functional.hardshrink(table, torch.finfo(table.dtype).tiny ** 0.5)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.first = first
-        return _without_specks((_row_by_row if x.device.type == "cpu" else _all_terms)(x, y, first, last))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, y = ctx.saved_tensors
-        start = len(y) - 1 - ctx.first, len(x) - 1 - ctx.first
-        grad_x = _product(grad, y.flip(0), start[0], start[0] + len(x))
-        grad_y = _product(grad, x.flip(0), start[1], start[1] + len(y))
-        return grad_x, grad_y, None, None
-
-
-def _product(x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
-    """Coefficients from ``first`` to below ``last`` of the product of two polynomials ``[a, ...]`` and ``[c, ...]``.
-
-    Coefficient t is the sum over i of ``x[i] y[t - i]``; ``first`` is less than a and less than c.
-    """
-    if not kernels_usable():
-        return _without_specks(_all_terms(x, y, first, last))
-    result: Tensor = _Product.apply(x, y, first, last)  # type: ignore[no-untyped-call]
-    return result
 
 
 class _Subset(constraints.Constraint):
@@ -155,8 +229,8 @@ class KSubset(Distribution):
             zero = torch.zeros_like(x[:1]).expand(empty, *x.shape[1:])
             tables = [torch.cat([tables[0], torch.stack([zero + 1, zero])], 1)]
         while tables[-1].shape[1] > 1:
-            left, right = _halves(tables[-1])
-            tables.append(_product(left, right, 0, min(2 * len(left) - 1, self.size + 1)))
+            table = tables[-1]
+            tables.append(_without_specks(_paired(table, min(2 * len(table) - 1, self.size + 1))))
         return tables
 
     @property
@@ -184,10 +258,7 @@ class KSubset(Distribution):
         certain[self.size] = 1.0
         outside = certain / root[self.size]
         for table in reversed(tables[:-1]):
-            a = len(table)
-            left, right = _halves(table)
-            sides = [_product(outside, other.flip(0), a - 1, 2 * a - 1) for other in (right, left)]
-            outside = torch.stack(sides, 2).flatten(1, 2)
+            outside = _without_specks(_outside(outside, table))
         inside = outside[1] * tables[0][1]
         return inside[: len(self._shifted)].movedim(0, -1).to(self.logits.dtype)
 
@@ -225,11 +296,6 @@ class KSubset(Distribution):
             chosen = torch.stack([first, chosen - first], 2).flatten(1, 2)
         z = chosen[:, : self.logits.shape[-1]].movedim(1, -1).to(self.logits.dtype)
         return z.reshape(*shape, *self.logits.shape)
-
-
-def _halves(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The left and the right one of each pair of neighbouring runs: ``[a, runs, ...]`` -> ``[a, runs / 2, ...]``."""
-    return table[:, 0::2], table[:, 1::2]
 
 
 @register_kl(KSubset, KSubset)  # type: ignore[no-untyped-call, untyped-decorator]

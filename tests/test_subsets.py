@@ -9,9 +9,9 @@ import torch
 from torch.distributions import Categorical, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
+from stochastic_layers import subsets as subsets_module
 from stochastic_layers.families import create_family
 from stochastic_layers.registry import layer_class
-from stochastic_layers.subsets import _all_terms, _product, _row_by_row
 from stochastic_layers.testing import check_mean, enumerate_outcomes
 
 SIZES = [(2, 1), (3, 2), (4, 2), (5, 1), (5, 4), (6, 3), (8, 3), (9, 5)]
@@ -173,16 +173,31 @@ def test_rare_items_are_drawn_as_often_as_they_should():
     assert abs(rare - 50_000 * chance) < 5 * math.sqrt(50_000 * chance)
 
 
-@pytest.mark.parametrize(
-    ("a", "c", "first", "last"), [(3, 3, 0, 5), (3, 3, 0, 2), (4, 2, 1, 4), (5, 5, 4, 9), (3, 4, 0, 9)]
-)
-def test_products_of_polynomials(a, c, first, last):
-    x, y = logits_of(a, 2, 3), logits_of(c, 2, 3, seed=1)
-    whole = torch.zeros(max(last, a + c - 1), 2, 3, dtype=torch.float64)
-    for i, j in itertools.product(range(a), range(c)):
-        whole[i + j] += x[i] * y[j]
-    for product in (_row_by_row, _all_terms, _product):
-        torch.testing.assert_close(product(x, y, first, last), whole[first:last])
+@pytest.mark.parametrize(("a", "size"), [(2, 3), (2, 2), (3, 5), (3, 4), (5, 5)])
+def test_sums_over_pairs_and_their_derivatives_are_those_of_the_written_out_products(a, size, monkeypatch):
+    table, x, around = logits_of(a, 4, 3), logits_of(a, 4, 3, seed=1), logits_of(size, 2, 3, seed=2)
+    paired, joined = torch.zeros(2 * a - 1, 2, 3).double(), torch.zeros(2 * a - 1, 2, 3).double()
+    for i, j in itertools.product(range(a), range(a)):
+        paired[i + j] += table[i, 0::2] * table[j, 1::2]
+        joined[i + j] += x[i, 0::2] * table[j, 1::2] + table[i, 0::2] * x[j, 1::2]
+    leaf = table.clone().requires_grad_()
+
+    def results():
+        total = (around * subsets_module._paired(leaf, size)).sum()
+        return (
+            subsets_module._paired(table, size),
+            subsets_module._joined(x, table, size),
+            subsets_module._outside(around, table),
+            torch.autograd.grad(total, leaf)[0],
+        )
+
+    row_by_row = results()
+    torch.testing.assert_close(row_by_row[0], paired[:size])
+    torch.testing.assert_close(row_by_row[1], joined[:size])
+    torch.testing.assert_close(row_by_row[2], row_by_row[3])
+    torch.testing.assert_close((row_by_row[2] * x).sum(), (around * joined[:size]).sum())
+    monkeypatch.setattr(subsets_module, "_by_formula", lambda tensor: True)
+    torch.testing.assert_close(results(), row_by_row)
 
 
 def test_a_hundred_thousand_logits_of_one_kind_do_not_underflow():
@@ -191,7 +206,8 @@ def test_a_hundred_thousand_logits_of_one_kind_do_not_underflow():
 
 
 @pytest.mark.parametrize(
-    "name", ["reinforce", "leave_one_out", "dice", "unordered_set", "sum_and_sample", "enumeration"]
+    "name",
+    ["reinforce", "leave_one_out", "dice", "muprop", "double_cv", "unordered_set", "sum_and_sample", "enumeration"],
 )
 def test_unbiased_layers_have_the_exact_gradient(name):
     torch.manual_seed(0)
