@@ -59,7 +59,7 @@ class Relax(TemperedLayer):
         control_variate: ``"network"``, or ``"both"`` the relaxed cost and the network.
 
     Raises:
-        ValueError: ``temperature <= 0``, a size that is not positive, unknown ``control_variate``; at sampling, a
+        ValueError: ``temperature`` out of range, a size that is not positive, unknown ``control_variate``; at sampling, a
             context of another size or batch.
 
     References:
