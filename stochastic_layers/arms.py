@@ -41,7 +41,7 @@ def copula_bits(logits: Tensor, num_samples: int) -> Tensor:
     others = e.flip(0) if num_samples == 2 else total - e
     root = (logsigmoid(-logits.abs()) / (num_samples - 1)).exp()
     rare = others < root * total  # the event of probability min(p, 1 - p): the copula's sharp corner
-    return (rare ^ (logits > 0)).to(logits.dtype)
+    return torch.logical_xor(rare, logits > 0).to(logits.dtype)
 
 
 def independence_ratio(logits: Tensor, num_samples: int) -> Tensor:
@@ -77,7 +77,7 @@ def gaussian_copula_bits(logits: Tensor, num_samples: int) -> Tensor:
     noise = torch.randn(num_samples, *logits.shape, dtype=logits.dtype, device=logits.device)
     noise = (noise - noise.mean(0)) * math.sqrt(num_samples / (num_samples - 1))
     rare = noise < torch.special.ndtri(torch.sigmoid(-logits.abs()))  # the event of probability min(p, 1 - p)
-    return (rare ^ (logits > 0)).to(logits.dtype)
+    return torch.logical_xor(rare, logits > 0).to(logits.dtype)
 
 
 def gaussian_independence_ratio(logits: Tensor, num_samples: int) -> Tensor:
