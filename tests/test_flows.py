@@ -90,7 +90,7 @@ def test_gradient_reaches_the_network_and_the_entropy_term():
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3)], ids=str)
 def test_any_number_of_batch_dimensions(batch):
-    layer = build(num_samples=3)
+    layer = build(num_samples=3, num_transforms=1)
     params = params_of(layer, *batch).requires_grad_()
     sample = layer.sample(params)
     assert sample.z.shape == (3, *batch, 2) and layer.mode(params).shape == (*batch, 2)
