@@ -85,14 +85,24 @@ def test_a_resumed_run_repeats_the_undisturbed_one_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), resumed.buffers(), strict=True))
 
 
-def test_ranks_draw_different_noise_unless_it_is_shared():
-    class Rank:
-        def __init__(self, rank):
-            self.global_rank, self.current_epoch = rank, 0
-            self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+def trainer_of(rank):
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(global_rank=rank, current_epoch=0, strategy=strategy)
 
+
+@pytest.mark.parametrize("stage", ["validation", "test", "predict"])
+def test_evaluation_leaves_the_random_state_as_it_was(stage):
+    noise, before = ReproducibleNoise(seed=5), torch.get_rng_state()
+    getattr(noise, f"on_{stage}_start")(trainer_of(0), None)
+    getattr(noise, f"on_{stage}_batch_start")(trainer_of(0), None, None, 0)
+    assert not torch.equal(torch.get_rng_state(), before)
+    getattr(noise, f"on_{stage}_end")(trainer_of(0), None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_draw_different_noise_unless_it_is_shared():
     def draw(rank, mode):
-        ReproducibleNoise(seed=5, mode=mode).on_train_batch_start(Rank(rank), None, None, 0)
+        ReproducibleNoise(seed=5, mode=mode).on_train_batch_start(trainer_of(rank), None, None, 0)
         return torch.rand(4)
 
     assert not torch.equal(draw(0, "per_rank"), draw(1, "per_rank"))
