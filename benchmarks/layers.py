@@ -18,6 +18,7 @@ QUESTION = "Forward and backward of one draw by each library: how long does it t
 CATEGORICAL = [(512, 32, 64), (256, 1, 1024), (128, 20, 10)]
 GAUSSIAN = [(128, 20), (128, 200), (512, 256)]
 BITS = [(128, 200)]
+SUBSETS = [((128, 16), 2), ((256, 64), 4), ((256, 1024), 8)]
 
 
 def _layer(name: str, params: Tensor, upstream: Tensor, **options: object) -> Callable[[], Work]:
@@ -126,6 +127,30 @@ def bits(shape: tuple[int, int], seconds: float, device: str, unavailable: dict[
     return compare(f"bits {shape}", works, reference="by hand", seconds=seconds, device=device)
 
 
+def subsets(shape: tuple[int, int], size: int, seconds: float, device: str, unavailable: dict[str, str]) -> list[Row]:
+    """Choices of ``size`` of the items, ``shape = (batch, items)``, beside a straight-through draw of another law."""
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    upstream, cost = torch.randn(shape, device=device), torch.randn(shape[0], device=device)
+    of = {"latent_dim": 1, "num_categories": shape[1], "family": {"name": "subset", "size": size}}
+
+    def largest() -> None:
+        scores = logits - torch.empty_like(logits).exponential_().log()
+        soft = scores.softmax(-1)
+        hard = torch.zeros_like(soft).scatter_(-1, scores.topk(size, -1).indices, 1.0)
+        torch.autograd.grad(hard + (soft - soft.detach()), logits, upstream)
+
+    works = peers.usable(
+        {
+            "Gumbel top-k by hand": lambda: largest,
+            "straight_through": _layer("straight_through", logits, upstream, **of),
+            "reinforce": _scored("reinforce", logits, cost, **of),
+        },
+        unavailable,
+    )
+    group = f"{size} of {shape[1]}, batch {shape[0]}"
+    return compare(group, works, reference="Gumbel top-k by hand", seconds=seconds, device=device)
+
+
 def quantised(seconds: float, device: str, unavailable: dict[str, str]) -> list[Row]:
     """Codes for 64 vectors of 32 dimensions in a batch of 64, and scalar codes of four coordinates."""
     x = torch.randn(64, 64, 32, device=device, requires_grad=True)
@@ -160,6 +185,8 @@ def main() -> None:
         rows += gaussian(size, options.seconds, options.device, unavailable)
     for size in BITS:
         rows += bits(size, options.seconds, options.device, unavailable)
+    for shape, size in SUBSETS:
+        rows += subsets(shape, size, options.seconds, options.device, unavailable)
     rows += quantised(options.seconds, options.device, unavailable)
     for name, reason in unavailable.items():
         print(f"not measured: {name}: {reason}")

@@ -10,9 +10,10 @@ from torch.distributions import Categorical, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
 from stochastic_layers import subsets as subsets_module
+from stochastic_layers.diagnostics import gradient_statistics
 from stochastic_layers.families import create_family
 from stochastic_layers.registry import layer_class
-from stochastic_layers.testing import check_mean, enumerate_outcomes
+from stochastic_layers.testing import PolynomialCost, check_mean, enumerate_outcomes
 
 SIZES = [(2, 1), (3, 2), (4, 2), (5, 1), (5, 4), (6, 3), (8, 3), (9, 5)]
 FALSE_ALARM = 1e-6
@@ -212,8 +213,27 @@ def test_a_hundred_thousand_logits_of_one_kind_do_not_underflow():
 def test_unbiased_layers_have_the_exact_gradient(name):
     torch.manual_seed(0)
     layer = fitting(name)
-    cost = sl.testing.PolynomialCost("asymmetric", layer.out_features)
+    cost = PolynomialCost("asymmetric", layer.out_features)
     check_mean(layer, logits_of(layer.in_features, scale=0.8), cost)
+
+
+def test_slopes_and_draws_without_replacement_lower_the_variance():
+    torch.manual_seed(0)
+    params, cost = logits_of(10, scale=1.0), PolynomialCost("quadratic", 10)
+
+    def variance(name, **options):
+        family = {"name": "subset", "size": 3}
+        layer = sl.create(name, latent_dim=1, family=family, num_categories=10, **options).double()
+        for _ in range(150):  # running moments settle
+            leaf = params.expand(32, -1).clone().requires_grad_()
+            sample = layer.sample(leaf)
+            sample.surrogate(cost(sample.z)).mean().backward()
+        return gradient_statistics(layer, params, cost, num_draws=10_000, reference=None).total_variance
+
+    two, four = variance("leave_one_out"), variance("leave_one_out", num_samples=4)
+    assert variance("double_cv") < 0.75 * two and variance("muprop") < 0.75 * two
+    assert variance("unordered_set") < 0.97 * four < 0.97 * 0.5 * two
+    assert variance("straight_through") < 0.2 * two
 
 
 def test_straight_through_is_the_covariance_times_the_slope():

@@ -23,7 +23,7 @@ import stochastic_layers as sl
 
 COLUMNS, USEFUL, PRICE = 50, 5, 0.05
 LAYERS = ["hard_concrete", "disarm", "straight_through", "reinmax", "gumbel_softmax"]
-CHOOSERS = ["double_cv", "leave_one_out", "muprop", "straight_through"]
+CHOOSERS = ["leave_one_out", "double_cv", "straight_through"]
 OPTIONS = {"gumbel_softmax": {"family": "bernoulli", "temperature": 0.5}}
 
 
