@@ -48,6 +48,10 @@ def _add_correlation(result: Tensor, x: Tensor, y: Tensor) -> None:
         result[:count].addcmul_(row, x[i : i + count])
 
 
+# Three maps of tables, each linear in each of its halves or tensors, so that all their derivatives are among them. Row by
+# row on a CPU, where that is faster than all terms at once.
+
+
 class _Paired(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, size: int) -> Tensor:
@@ -93,9 +97,6 @@ class _Outside(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         around, table = ctx.saved_tensors
         return _joined(grad, table, len(around)), _outside(around, grad)
-
-
-# Each of the following three maps is linear in each of its tensors, and its derivatives are among them.
 
 
 def _by_formula(tensor: Tensor) -> bool:
@@ -185,6 +186,9 @@ class KSubset(Distribution):
         logits: ``[..., n]``.
         size: k, from 1 to n.
 
+    Raises:
+        ValueError: ``size`` is not from 1 to n.
+
     References:
         Weighted Finite Population Sampling to Maximize Entropy (Xiang-Hui Chen, Arthur P. Dempster, Jun S. Liu, 1994),
         https://doi.org/10.1093/biomet/81.3.457
@@ -193,6 +197,8 @@ class KSubset(Distribution):
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012, as torch declares it
 
     def __init__(self, logits: Tensor, size: int) -> None:
+        if not 1 <= size <= logits.shape[-1]:
+            raise ValueError(f"needed a size from 1 to the number of items, {logits.shape[-1]}, got {size}.")
         self.logits, self.size = logits, size
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
 
@@ -237,11 +243,6 @@ class KSubset(Distribution):
     def _log_chance(self) -> Tensor:
         """log of the probability that k of the independent bits are 1."""
         return self._tables[-1][self.size, 0].log()
-
-    @property
-    def _log_normalizer(self) -> Tensor:
-        """log e_k of exp of the shifted logits."""
-        return self._log_chance + functional.softplus(self._shifted).sum(0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Linear in the value, so that it is defined between the subsets too; that k are chosen is not checked."""

@@ -271,6 +271,12 @@ def test_sizes_that_do_not_fit_are_refused(family, message):
         sl.create("straight_through", latent_dim=1, family=family, num_categories=4)
 
 
+@pytest.mark.parametrize("size", [0, 6])
+def test_a_law_of_no_subset_is_refused(size):
+    with pytest.raises(ValueError, match=f"size from 1 to the number of items, 5, got {size}"):
+        sl.KSubset(torch.zeros(5), size)
+
+
 def test_subsets_of_two_sizes_have_no_divergence():
     with pytest.raises(ValueError, match="subsets of one size, got 2 and 3"):
         kl_divergence(sl.KSubset(torch.zeros(5), 2), sl.KSubset(torch.zeros(5), 3))
