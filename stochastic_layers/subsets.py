@@ -48,8 +48,8 @@ def _add_correlation(result: Tensor, x: Tensor, y: Tensor) -> None:
         result[:count].addcmul_(row, x[i : i + count])
 
 
-# Three maps of tables, each linear in each of its halves or tensors, so that all their derivatives are among them. Row by
-# row on a CPU, where that is faster than all terms at once.
+# Three maps of tables, each linear in each of its halves or tensors, so that all their derivatives are among them. They
+# go row by row, which on a CPU is faster than all terms at once.
 
 
 class _Paired(torch.autograd.Function):
