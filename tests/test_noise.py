@@ -1,8 +1,11 @@
 """Noise: different on each rank, the same after resuming, undisturbed by evaluation."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import processes
 import pytest
 import torch
 from quiet_trainer import quiet_trainer
@@ -100,6 +103,19 @@ def test_ranks_draw_different_noise_unless_it_is_shared():
     assert torch.equal(draw(0, "shared"), draw(1, "shared"))
     with pytest.raises(ValueError, match="needed mode"):
         ReproducibleNoise(mode="per_host")
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("strategy", "mode"), [("ddp_fork", "per_rank"), ("ddp_fork", "shared"), ("ddp_spawn", "per_rank")]
+)
+def test_processes_that_begin_with_the_same_random_state_draw_different_noise(strategy, mode, tmp_path):
+    worker = Path(__file__).with_name("spawned_worker.py")
+    status, output = processes.run([sys.executable, str(worker), str(tmp_path), strategy, mode], timeout=200)
+    assert status == 0, output[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["weights"], second["weights"])
+    assert bool((first["noise"] == second["noise"]).any()) == (mode == "shared")
 
 
 def test_seeds_of_neighbouring_positions_do_not_collide():
