@@ -132,6 +132,16 @@ def test_a_nested_block_is_one_option_with_a_mapping(sweep, capsys):
     assert model["encoder"] == "mlp"
 
 
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_proposed_numbers_are_pythons_wherever_they_are(sweep, method):
+    numbers = {"n": {"min": 1, "max": 9}, "u": {"min": 0.1, "max": 0.2}}
+    plan = sweep(method=method, parameters={**numbers, "block": {"parameters": numbers}})
+    parameters = plan.propose(SweepState.open(Path("s"), plan.config), seed=0)
+    for part in (parameters, parameters["block"]):
+        assert (type(part["n"]), type(part["u"])) == (int, float)
+    assert "np." not in " ".join(plan.command(parameters))
+
+
 def test_the_bayesian_search_learns_from_the_metric(sweep):
     plan = sweep(method="bayes", parameters={"x": {"min": 0.0, "max": 40.0}}, run_cap=10)
     state = SweepState.open(Path("s"), plan.config)
