@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_layers as sl
-from lightning_modules import ELBO
+from lightning_modules import ELBO, StochasticClassifier
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from stochastic_layers.baselines import RunningMean
 from stochastic_layers.control_variates import CostMoments, RelativeVariance
@@ -57,6 +57,16 @@ def test_gradients_of_uneven_ranks_average_to_that_of_the_joined_mean(monkeypatc
             losses.append(mean_over_ranks(part))
     assert float(sum(losses) / 2) == float(values.mean())
     assert float(sum(part.mean() for part in parts) / 2) != float(values.mean())  # what plain means would give
+
+
+def test_a_classifier_counts_the_rows_of_uneven_ranks_alike(monkeypatch):
+    model, x, y = StochasticClassifier(nn.Linear(3, 4), 4), torch.randn(5, 3), torch.arange(5) % 4
+    losses = []
+    for rows, other in ((slice(1), 4.0), (slice(1, 5), 1.0)):
+        with monkeypatch.context() as patch:
+            FakeRanks(patch, other)
+            losses.append(model.training_step((x[rows], y[rows]), 0))
+    torch.testing.assert_close(sum(losses) / 2, model.training_step((x, y), 0))
 
 
 def test_free_bits_are_those_of_the_joined_batch(monkeypatch):

@@ -329,6 +329,12 @@ def test_pathwise_iwae_loss_is_the_bound(monkeypatch):
     torch.testing.assert_close(model.objective.loss(terms, 0), -weights.mean(0).log())
 
 
+def test_each_validation_counts_its_own_examples(loader, tmp_path):
+    model = VAE("gaussian", {"latent_dim": 2})
+    trainer(tmp_path, max_epochs=3, limit_train_batches=1).fit(model, loader, loader)
+    assert int(model.evaluation("val").kl_per_dimension.count) == len(loader.dataset)
+
+
 def test_checkpoints_hold_plain_data_and_rebuild_the_model(loader, tmp_path):
     model = VAE("reinforce", {"latent_dim": 4, "baseline": "learned"}, prior="learned", lr=0.01)
     run = trainer(tmp_path, max_steps=2)
