@@ -36,11 +36,12 @@ def copula_bits(logits: Tensor, num_samples: int) -> Tensor:
     logits = logits.detach()
     shape = (num_samples, *logits.shape)
     e = exponential(shape, logits)
-    finfo = torch.finfo(logits.dtype)
-    others = 1 - e / e.sum(0).clamp_min(finfo.tiny)  # 1 - Dirichlet(1, ..., 1); its power K - 1 is uniform
-    log_u = (num_samples - 1) * others.clamp_min(finfo.eps / 2).log()
-    rare = log_u < logsigmoid(-logits.abs())  # the event of probability min(p, 1 - p): the copula's sharp corner
-    return torch.where(logits > 0, ~rare, rare).to(logits.dtype)
+    total = e.sum(0)
+    # others / total is 1 - Dirichlet(1, ..., 1), whose power K - 1 is uniform; of two, the difference would round it
+    others = e.flip(0) if num_samples == 2 else total - e
+    root = (logsigmoid(-logits.abs()) / (num_samples - 1)).exp()
+    rare = others < root * total  # the event of probability min(p, 1 - p): the copula's sharp corner
+    return torch.logical_xor(rare, logits > 0).to(logits.dtype)
 
 
 def independence_ratio(logits: Tensor, num_samples: int) -> Tensor:
@@ -76,7 +77,7 @@ def gaussian_copula_bits(logits: Tensor, num_samples: int) -> Tensor:
     noise = torch.randn(num_samples, *logits.shape, dtype=logits.dtype, device=logits.device)
     noise = (noise - noise.mean(0)) * math.sqrt(num_samples / (num_samples - 1))
     rare = noise < torch.special.ndtri(torch.sigmoid(-logits.abs()))  # the event of probability min(p, 1 - p)
-    return torch.where(logits > 0, ~rare, rare).to(logits.dtype)
+    return torch.logical_xor(rare, logits > 0).to(logits.dtype)
 
 
 def gaussian_independence_ratio(logits: Tensor, num_samples: int) -> Tensor:

@@ -40,10 +40,8 @@ class NearestCodes(Codes):
         """The code vectors ``[K, D]``."""
 
     def indices(self, x: Tensor) -> Tensor:
-        table = self.table().detach().to(x.dtype)
-        # |x - c|^2 less |x|^2, which is the same for all codes
-        scores = torch.addmm(table.square().sum(-1), x.detach().reshape(-1, self.code_dim), table.t(), alpha=-2)
-        return scores.argmin(-1).view(x.shape[:-1])
+        rows = x.detach().reshape(-1, self.code_dim)
+        return _nearest(rows, self.table().detach().to(x.dtype)).view(x.shape[:-1])
 
     def decode(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         self.check_indices(indices)
@@ -249,6 +247,7 @@ def _update(
 
 
 def _nearest(rows: Tensor, centers: Tensor) -> Tensor:
+    # |x - c|^2 less |x|^2, which is the same for all codes
     return torch.addmm(centers.square().sum(-1), rows, centers.t(), alpha=-2).argmin(-1)
 
 

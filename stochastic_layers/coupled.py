@@ -12,7 +12,7 @@ from torch import Tensor
 from stochastic_layers.binary_codes import decode_tree, ordered_sticks, tree_logits
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
-from stochastic_layers.noise import below
+from stochastic_layers.noise import below, double_uniform
 from stochastic_layers.registry import register
 
 __all__ = ["ARM", "DisARM", "DisARMBase", "DisARMTree", "PairLayer"]
@@ -21,16 +21,12 @@ __all__ = ["ARM", "DisARM", "DisARMBase", "DisARMTree", "PairLayer"]
 _Decoder = Callable[[Tensor], tuple[Tensor, "Tensor | None"]]
 
 
-def _antithetic_noise(logits: Tensor, num_pairs: int) -> Tensor:
-    """Uniforms ``[P, ...]``, off 0 and 1 by as much on both sides, so that u and 1 - u have the same law."""
-    u = torch.rand(num_pairs, *logits.shape, dtype=logits.dtype, device=logits.device)
-    half = torch.finfo(u.dtype).eps / 2
-    return u.clamp(half, 1 - half)
+def _antithetic_bits(logits: Tensor, u: Tensor) -> Tensor:
+    """Bits 1[u > 1 - p], then 1[u < p] ``[2 P, ...]``, each an exact draw: 1 - u is exact for u of even spacing.
 
-
-def _antithetic_bits(probs: Tensor, u: Tensor) -> Tensor:
-    """Bits 1[u > 1 - p], then 1[u < p] ``[2 P, ...]``, each an exact draw: 1 - u is exact for u of even spacing."""
-    return below(torch.cat([1 - u, u]), probs)
+    In the precision of u ``[P, ...]``, in which a bit of probability 1e-9 is still drawn, and one of 1 - 1e-9 missed.
+    """
+    return below(torch.cat([1 - u, u]), logits.detach().to(u.dtype).sigmoid()).to(logits.dtype)
 
 
 def _pair_credit(logits: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -112,9 +108,9 @@ class ARM(PairLayer):
         super().__init__(latent_dim, family=family, num_samples=num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        u = _antithetic_noise(params, self.num_samples // 2)
-        z = _antithetic_bits(params.detach().sigmoid(), u)
-        return self._sample(self.law(params), z, credit=_pair_credit(params, u - 0.5))
+        u = double_uniform((self.num_samples // 2, *params.shape), params.device)
+        weight = (u - 0.5).to(params.dtype)
+        return self._sample(self.law(params), _antithetic_bits(params, u), credit=_pair_credit(params, weight))
 
 
 class DisARMBase(PairLayer):
@@ -126,11 +122,10 @@ class DisARMBase(PairLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         logits, decode = self.code(params)
-        probs = logits.detach().sigmoid()
-        bits = _antithetic_bits(probs, _antithetic_noise(logits, self.num_samples // 2))
+        bits = _antithetic_bits(logits, double_uniform((self.num_samples // 2, *logits.shape), logits.device))
         z, reached = decode(bits)
         b, b_tilde = bits.chunk(2)
-        weight = (b - b_tilde).mul_(0.5 * torch.maximum(probs, 1 - probs))
+        weight = (b - b_tilde).mul_(0.5 * logits.detach().abs().sigmoid())
         # a bit that neither point looked at is a fair sign: its conditional expectation is zero
         if reached is not None:
             weight.mul_(torch.maximum(*reached.chunk(2)))

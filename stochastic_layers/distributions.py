@@ -22,7 +22,7 @@ from torch.distributions import (
 from torch.distributions import Kumaraswamy as TorchKumaraswamy
 from torch.distributions.utils import broadcast_all
 
-from stochastic_layers.noise import exponential
+from stochastic_layers.noise import exponential, logistic
 
 __all__ = ["HypersphericalUniform", "Kumaraswamy", "Logistic", "PowerSpherical", "open_unit_interval"]
 
@@ -73,7 +73,7 @@ class Logistic(Distribution):
         return (math.pi * self.scale).square() / 3
 
     def rsample(self, sample_shape: Any = _EMPTY) -> Tensor:
-        return self.icdf(torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device))
+        return self.loc + self.scale * logistic(self._extended_shape(sample_shape), self.loc)
 
     def log_prob(self, value: Tensor) -> Tensor:
         x = ((value - self.loc) / self.scale).abs()  # the density is even: of |x| no exponential overflows

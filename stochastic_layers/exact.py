@@ -11,7 +11,7 @@ from torch.nn import functional
 from stochastic_layers.categorical import log_softmax, one_hot
 from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
-from stochastic_layers.options import check_positive_int
+from stochastic_layers.options import MAX_NUMBERS, check_positive_int
 from stochastic_layers.registry import register
 
 __all__ = ["Enumeration", "JointLayer"]
@@ -35,7 +35,6 @@ class JointLayer(StochasticLayer):
     """
 
     default_latent_dim = 3
-    advice = "'local_expectation' (one evaluation per category) or 'reinforce' (any size)"
 
     def __init__(
         self,
@@ -52,9 +51,12 @@ class JointLayer(StochasticLayer):
         # the exponent is looked at first, so that no astronomical power is computed or printed
         if latent_dim > max_outcomes.bit_length() or radix**latent_dim > max_outcomes:
             count = f" = {radix**latent_dim}" if latent_dim * math.log10(radix) < 18 else ""
+            fits = latent_dim * radix * self.out_features <= MAX_NUMBERS
+            local = "'local_expectation' (one evaluation per category) or " if fits else ""
             raise ValueError(
                 f"needed at most max_outcomes={max_outcomes} joint outcomes for {self.name or type(self).__name__!r}, "
-                f"got {radix} ** {latent_dim}{count}; use {self.advice}, fewer latent variables, or raise max_outcomes."
+                f"got {radix} ** {latent_dim}{count}; use {local}'reinforce' (any size), fewer latent variables, or "
+                "raise max_outcomes."
             )
         self.radix = radix
         self.num_outcomes: int = radix**latent_dim
@@ -95,7 +97,8 @@ class Enumeration(JointLayer):
     gradient: the encoder's gradient is in the surrogate, as everywhere. The reference against which the bias and the
     variance of the other layers are measured, and the best choice for small latent spaces.
 
-    The cost needs every batch dimension of params, because each example has weights of its own.
+    The cost needs every batch dimension of params, because each example has weights of its own, and must be finite at
+    every outcome: however unlikely one is, an infinite cost there makes loss and gradient NaN. Clamp it.
 
     Args:
         latent_dim: Number of latent variables.

@@ -49,7 +49,7 @@ class StraightThroughGumbel(GumbelSoftmax):
         learn_temperature: Whether the temperature is a parameter.
 
     Raises:
-        ValueError: ``temperature <= 0``, or sizes that do not fit the family.
+        ValueError: ``temperature`` out of range, or sizes that do not fit the family.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Eric Jang, Shixiang Gu, Ben Poole, 2016),
@@ -176,7 +176,7 @@ class GumbelRao(TemperedLayer):
         num_replicates: Number R of redraws of the noise for each draw.
 
     Raises:
-        ValueError: ``temperature <= 0``, ``num_replicates < 1``, or sizes that do not fit the family.
+        ValueError: ``temperature`` out of range, ``num_replicates < 1``, or sizes that do not fit the family.
 
     References:
         Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Max B. Paulus, Chris J. Maddison,
@@ -319,7 +319,7 @@ class GappedStraightThrough(TemperedLayer):
         gap: Least distance g of the draw's logit from the others; at least 0.
 
     Raises:
-        ValueError: ``temperature <= 0``, ``gap < 0``, or sizes that do not fit the family.
+        ValueError: ``temperature`` out of range, ``gap < 0``, or sizes that do not fit the family.
 
     References:
         Training Discrete Deep Generative Models via Gapped Straight-Through Estimator (Ting-Han Fan, Ta-Chung Chi,

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid, softplus
 from stochastic_layers.families import Family, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.noise import logistic
-from stochastic_layers.options import check_positive
+from stochastic_layers.options import check_temperature
 from stochastic_layers.quadrature import gauss_legendre, product_rule
 from stochastic_layers.registry import register
 
@@ -183,7 +183,7 @@ class HardConcrete(StochasticLayer):
         stretch: tuple[float, float] = (-0.1, 1.1),
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
-        check_positive("temperature", temperature, "2/3 is usual")
+        check_temperature("temperature", temperature, "2/3 is usual")
         low, high = (float(end) for end in stretch)
         if not -math.inf < low < 0 < 1 < high < math.inf:
             raise ValueError(

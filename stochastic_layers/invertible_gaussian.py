@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, gaussian_nodes, register_family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.noise import normal
-from stochastic_layers.options import check_positive
+from stochastic_layers.options import check_temperature
 from stochastic_layers.registry import register
 
 __all__ = ["InvertibleGaussian", "InvertibleGaussianDistribution", "InvertibleGaussianFamily"]
@@ -165,7 +165,7 @@ class InvertibleGaussian(StochasticLayer):
         temperature: Temperature of the law; positive and fixed.
 
     Raises:
-        ValueError: ``temperature <= 0``, or sizes that do not fit.
+        ValueError: ``temperature`` out of range, or sizes that do not fit.
 
     References:
         Invertible Gaussian Reparameterization: Revisiting the Gumbel-Softmax (Andres Potapczynski, Gabriel
@@ -196,7 +196,7 @@ class InvertibleGaussian(StochasticLayer):
         temperature: float = 0.5,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
-        check_positive("temperature", temperature, "0.1 to 1 is usual")
+        check_temperature("temperature", temperature, "0.1 to 1 is usual")
         self.family = InvertibleGaussianFamily(latent_dim, num_categories, float(temperature))
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stochastic_layers.codes import SignCodes, SphereCodes
-from stochastic_layers.options import check_positive
+from stochastic_layers.options import check_positive, check_temperature
 from stochastic_layers.quantized import QuantizedLayer
 from stochastic_layers.registry import register
 
@@ -52,7 +52,7 @@ class BinaryQuantizer(QuantizedLayer):
     ) -> None:
         super().__init__(latent_dim, codes, family=family, commitment_weight=commitment_weight)
         self.entropy_weight = check_positive("entropy_weight", entropy_weight, or_zero=True)
-        self.temperature = check_positive("temperature", temperature, "0.01 to 1 is usual")
+        self.temperature = check_temperature("temperature", temperature, "0.01 to 1 is usual")
 
     def penalties(self, x: Tensor, hard: Tensor, indices: Tensor) -> Mapping[str, Tensor]:
         losses = dict(super().penalties(x, hard, indices))

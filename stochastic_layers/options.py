@@ -8,7 +8,15 @@ from numbers import Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_kinds", "check_points", "check_positive", "check_positive_int", "check_values", "require_two"]
+__all__ = [
+    "check_kinds",
+    "check_points",
+    "check_positive",
+    "check_positive_int",
+    "check_temperature",
+    "check_values",
+    "require_two",
+]
 
 MAX_NUMBERS = 2**28  # in the points of one example: 1 GiB of float32
 LARGEST = 2**31 - 1  # no size of a layer is larger; torch and Python loops would answer in ways of their own
@@ -43,6 +51,26 @@ def check_positive(name: str, value: float, advice: str = "", *, or_zero: bool =
         number = math.nan
     if not (0 < number < math.inf or (or_zero and number == 0)):
         raise ValueError(f"needed {name} {'>=' if or_zero else '>'} 0, got {value!r}{'; ' if advice else ''}{advice}.")
+    return value
+
+
+def check_temperature(name: str, value: float, advice: str, *, least: float = 1e-6, most: float = 1e6) -> float:
+    """Return ``value`` if logits can be divided by it; see :func:`check_positive_int`.
+
+    Beyond these limits quotients of logits, and their derivatives, overflow in float32: NaN in silence.
+
+    Args:
+        name: Of the option, for the message.
+        value: Of the option.
+        advice: What is usual, for the message.
+        least: The smallest that will do.
+        most: The largest that will do.
+
+    Raises:
+        ValueError: It is not positive and finite, or out of the limits.
+    """
+    if not least <= check_positive(name, value, advice) <= most:
+        raise ValueError(f"needed {name} from {least:g} to {most:g}, got {value!r}; {advice}.")
     return value
 
 

@@ -134,7 +134,7 @@ class Rebar(TemperedLayer):
         temperature: Temperature at the start.
 
     Raises:
-        ValueError: ``temperature <= 0``.
+        ValueError: ``temperature`` out of range.
 
     References:
         REBAR: Low-variance, unbiased gradient estimates for discrete latent variable models (George Tucker, Andriy

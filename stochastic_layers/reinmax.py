@@ -40,7 +40,7 @@ class ReinMaxRao(GumbelRao):
         num_replicates: Number R of redraws of the noise for each draw.
 
     Raises:
-        ValueError: ``temperature <= 0``, ``num_replicates < 1``, or sizes that do not fit the family.
+        ValueError: ``temperature`` out of range, ``num_replicates < 1``, or sizes that do not fit the family.
 
     References:
         Beyond ReinMax: Low-Variance Gradient Estimators for Discrete Latent Variables (Daniel Wang, Thang D. Bui,
@@ -92,8 +92,8 @@ class ReinMaxCV(GumbelRao):
         eta: Coefficient :math:`\eta` of the control variate, finite.
 
     Raises:
-        ValueError: ``temperature <= 0``, ``num_replicates < 1``, ``eta`` not finite, or sizes that do not fit the
-            family.
+        ValueError: ``temperature`` out of range, ``num_replicates < 1``, ``eta`` not finite, or sizes that do not fit
+            the family.
 
     References:
         Beyond ReinMax: Low-Variance Gradient Estimators for Discrete Latent Variables (Daniel Wang, Thang D. Bui,

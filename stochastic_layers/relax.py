@@ -59,8 +59,8 @@ class Relax(TemperedLayer):
         control_variate: ``"network"``, or ``"both"`` the relaxed cost and the network.
 
     Raises:
-        ValueError: ``temperature <= 0``, a size that is not positive, unknown ``control_variate``; at sampling, a
-            context of another size or batch.
+        ValueError: ``temperature`` out of range, a size that is not positive, unknown ``control_variate``; at sampling,
+            a context of another size or batch.
 
     References:
         Backpropagation through the Void: Optimizing control variates for black-box gradient estimation (Will

@@ -13,6 +13,7 @@ from stochastic_layers.categorical import one_hot, softmax, tempered_softmax
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.noise import log_exponential, logistic
+from stochastic_layers.options import check_temperature
 from stochastic_layers.registry import register
 from stochastic_layers.simplex_maps import entmax15, sparsemax
 
@@ -42,16 +43,16 @@ class TemperedLayer(StochasticLayer):
         family: Name of the distribution family.
         num_categories: Number of categories of each variable of a categorical family.
         num_samples: Number S of draws per example.
-        temperature: The temperature at the start; positive.
+        temperature: The temperature at the start, from ``lowest_temperature`` to ``highest_temperature``.
         learn_temperature: Whether the temperature is a parameter.
 
     Raises:
-        ValueError: ``temperature`` is not positive and finite.
+        ValueError: ``temperature`` is out of range.
     """
 
     log_temperature: Tensor
-    lowest_temperature: ClassVar[float] = 0.0
-    highest_temperature: ClassVar[float] = math.inf
+    lowest_temperature: ClassVar[float] = 1e-6
+    highest_temperature: ClassVar[float] = 1e6
     usual_temperatures: ClassVar[str] = "0.1 to 1"
 
     def __init__(
@@ -85,11 +86,9 @@ class TemperedLayer(StochasticLayer):
         return f"{super().extra_repr()}, temperature={float(self.temperature.detach()):.4g}"
 
     def _log_of(self, temperature: float) -> float:
-        low, high = self.lowest_temperature, self.highest_temperature
-        if not (0 < float(temperature) < math.inf and low <= float(temperature) <= high):
-            limits = ("> 0" if low == 0 else f">= {low:g}") + ("" if high == math.inf else f" and <= {high:g}")
-            raise ValueError(f"needed a temperature {limits}, got {temperature}; {self.usual_temperatures} is usual.")
-        return math.log(float(temperature))
+        limits = {"least": self.lowest_temperature, "most": self.highest_temperature}
+        check_temperature("temperature", temperature, f"{self.usual_temperatures} is usual", **limits)
+        return math.log(temperature)
 
 
 @register("gumbel_softmax")
@@ -113,7 +112,7 @@ class GumbelSoftmax(TemperedLayer):
         hard: Whether the forward value is discrete.
 
     Raises:
-        ValueError: ``temperature <= 0``, or sizes that do not fit the family.
+        ValueError: ``temperature`` out of range, or sizes that do not fit the family.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Eric Jang, Shixiang Gu, Ben Poole, 2016),
@@ -197,7 +196,7 @@ class EntmaxGumbel(TemperedLayer):
         alpha: 1.5 for entmax with a smooth boundary, 2 for sparsemax.
 
     Raises:
-        ValueError: ``alpha`` is neither 1.5 nor 2, ``temperature <= 0``, or sizes that do not fit the family.
+        ValueError: ``alpha`` is neither 1.5 nor 2, ``temperature`` out of range, or sizes that do not fit the family.
 
     References:
         Gradient Estimation with Stochastic Softmax Tricks (Max B. Paulus, Dami Choi, Daniel Tarlow, Andreas Krause,

@@ -12,7 +12,7 @@ from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import draw_index, one_hot, softmax, softmax_gradient
 from stochastic_layers.families import CategoricalFamily, Family
 from stochastic_layers.layer import Sample, StochasticLayer
-from stochastic_layers.options import check_positive
+from stochastic_layers.options import check_temperature
 from stochastic_layers.registry import register
 from stochastic_layers.relaxed import TemperedLayer
 
@@ -101,7 +101,7 @@ class DecoupledStraightThrough(TemperedLayer):
         sampling_temperature: Temperature of the law q; positive and fixed.
 
     Raises:
-        ValueError: A temperature is not positive and finite, or sizes that do not fit the family.
+        ValueError: A temperature is out of range, or sizes that do not fit the family.
 
     References:
         Improving Discrete Optimisation Via Decoupled Straight-Through Estimator (Rushi Shah, Mingyuan Yan, Michael
@@ -139,7 +139,7 @@ class DecoupledStraightThrough(TemperedLayer):
             num_samples=num_samples,
             temperature=temperature,
         )
-        check_positive("sampling_temperature", sampling_temperature, "1 leaves the law alone")
+        check_temperature("sampling_temperature", sampling_temperature, "1 leaves the law alone")
         self.sampling_temperature = float(sampling_temperature)
 
     def law(self, params: Tensor) -> Distribution:

@@ -53,6 +53,14 @@ def test_constant_cost_gives_exactly_no_gradient(name, num_samples):
             assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
+def test_an_outlier_counts_at_most_a_hundredfold():
+    objective, ones, none = RelativeVariance(decay=0.9), torch.ones(4, 1), torch.zeros(4)
+    for _ in range(100):
+        objective(ones, none)
+    torch.testing.assert_close(objective(3 * ones, none), torch.full((4,), 9.0))
+    torch.testing.assert_close(objective(1000 * ones, none), torch.full((4,), 100.0))
+
+
 def test_the_squared_norm_of_a_gradient_that_underflows_has_a_finite_slope():
     """At a temperature of 1e-3 all gradients of a batch may be as small; the parameters it trains are float32."""
     slope = RelativeVariance().slope(torch.full((4, 3), 1e-170, dtype=torch.float64), torch.zeros(4))

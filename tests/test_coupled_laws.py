@@ -10,7 +10,7 @@ from scipy import special, stats
 
 import stochastic_layers as sl
 from stochastic_layers import arms as copulas
-from stochastic_layers import coupled_categorical
+from stochastic_layers import coupled, coupled_categorical, families
 from stochastic_layers.binary_codes import decode_sticks, decode_tree, ordered_sticks, stick_logits, tree_logits
 
 
@@ -24,6 +24,25 @@ def test_latents_of_one_point_are_independent(name, latent_dim):
     both = (z[:, 0] * z[:, 1]).mean()
     expected = p[0] * p[1]
     assert abs(both - expected) < 5 * (expected * (1 - expected) / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", ["arm", "disarm", "leave_one_out", "arms"])
+def test_what_happens_once_in_a_billion_draws_happens_when_its_noise_comes_up(name, sign, monkeypatch):
+    logits = torch.tensor(sign * math.log(1e9)).expand(4)  # in float32 a sigmoid of it is 1e-9, or 1
+    u = torch.tensor([0.5e-9, 2e-9, 1 - 0.5e-9, 1 - 2e-9], dtype=torch.float64)
+    for module in (coupled, families):
+        monkeypatch.setattr(module, "double_uniform", lambda shape, device: u.expand(shape).clone())
+    noise = torch.stack([torch.ones(4), torch.tensor([0.5e-9, 2e-9, 1.0, 1.0])])
+    monkeypatch.setattr(copulas, "exponential", lambda shape, like: noise)
+    first, second = sl.create(name, latent_dim=4, num_samples=2).sample(logits).z
+    unlikely = (1 - sign) // 2
+    low, high = (torch.tensor(where) for where in ([1.0, 0, 0, 0], [0, 0, 1.0, 0]))  # where u < 1e-9, and 1 - u
+    if sign > 0:
+        low, high = high, low
+    expected = {"arms": (torch.tensor([1.0, 0, 0, 0]), torch.zeros(4)), "leave_one_out": (low, low)}
+    for z, rare in zip((first, second), expected.get(name, (high, low)), strict=True):
+        assert torch.equal(z, torch.where(rare > 0, float(unlikely), 1.0 - unlikely))
 
 
 @pytest.mark.parametrize(("name", "num_samples"), [("arm", 2), ("disarm", 2), ("arms", 2), ("arms", 3), ("arms", 6)])

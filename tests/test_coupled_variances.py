@@ -49,7 +49,7 @@ def test_disarm_is_the_conditional_expectation_of_arm(monkeypatch):
     n = 100
     # the midpoint rule for both noises: exact, as ARM is linear in u between probabilities on the edges of the grid
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    monkeypatch.setattr(coupled, "_antithetic_noise", lambda logits, num_pairs: torch.cartesian_prod(grid, grid))
+    monkeypatch.setattr(coupled, "double_uniform", lambda shape, device: torch.cartesian_prod(grid, grid))
     sums = {}
     for name in ("arm", "disarm"):
         layer = sl.create(name, latent_dim=2, num_samples=2 * n * n)

@@ -101,6 +101,20 @@ def snr_of(draws):
     return ((draws.mean(0).square().sum() - noise / len(draws)).clamp_min(0) / noise).sqrt()
 
 
+def test_an_exact_layer_is_as_far_off_as_the_reference_that_it_is_given():
+    layer, params, cost_fn, exact = discrete_problem("enumeration")
+    shift = torch.linspace(-1, 2, exact.numel(), dtype=torch.float64).view_as(exact)
+    found = gradient_statistics(layer, params, cost_fn, num_draws=8, reference=exact + shift)
+    torch.testing.assert_close(found.bias, -shift)
+    norm, size = float(shift.norm()), float((exact + shift).norm())
+    assert found.bias_norm[0] == pytest.approx(norm / 2**0.5)  # of one of two examples
+    assert found.relative_bias[0] == pytest.approx(norm / size)
+    assert found.mse == pytest.approx(norm**2 / 2)
+    assert found.cosine == pytest.approx(float((exact * (exact + shift)).sum() / exact.norm()) / size)
+    nothing = gradient_statistics(layer, params, cost_fn, num_draws=8, reference=torch.zeros_like(exact))
+    assert nothing.relative_bias == (float("inf"), float("inf"))
+
+
 @pytest.mark.parametrize("name", ["disarm", "straight_through", "carms"])
 def test_bias_has_the_stated_error(name):
     """Over many repetitions the error of the norm covers, and an unbiased layer is not called biased."""

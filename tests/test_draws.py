@@ -21,6 +21,7 @@ from stochastic_layers.categorical import (
     one_hot_categorical,
     softmax,
 )
+from stochastic_layers.distributions import Logistic
 from stochastic_layers.noise import _uniform, double_uniform, laplace, log_exponential, logistic
 
 double = torch.float64
@@ -160,6 +161,7 @@ def test_tails_of_the_noise_are_finer_than_float32_near_one(monkeypatch):
     assert bool(log_exponential((5,), like).isfinite().all()) and bool(logistic((5,), like).isfinite().all())
     z = laplace((5,), like)
     assert z[0] < 21.6 and z[0] > 21 and z[2] == -z[0] and z[3] > 0 and z[4] == -z[3]
+    assert torch.equal(Logistic(torch.zeros(5), torch.ones(5)).rsample(), logistic((5,), like))
     monkeypatch.undo()
     draws = 4_000_000
     rare = logistic((draws,), like).abs() > 14

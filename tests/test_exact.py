@@ -186,6 +186,11 @@ def test_a_cost_that_has_summed_batch_dimensions_is_refused(name, options):
     [
         ("enumeration", {"latent_dim": 20}, r"2 \*\* 20 = 1048576; use 'local_expectation'"),
         ("enumeration", {"latent_dim": 3, "max_outcomes": 7}, r"2 \*\* 3 = 8"),
+        (
+            "enumeration",
+            {**ONE_OF_16, "num_categories": 65_536},
+            r"65536 \*\* 1 = 65536; use 'reinforce' \(any size\),",
+        ),
         ("enumeration", {"latent_dim": 10**6}, r"2 \*\* 1000000; use"),
         ("enumeration", {"latent_dim": 3, "max_outcomes": 0}, "max_outcomes >= 1"),
         ("enumeration", {"latent_dim": 3, "family": "gaussian"}, "supports the families"),

@@ -90,10 +90,11 @@ def test_gradient_reaches_the_network_and_the_entropy_term():
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3)], ids=str)
 def test_any_number_of_batch_dimensions(batch):
-    layer = build(latent_dim=1, num_samples=3)
+    layer = build(num_samples=3, num_transforms=1)
     params = params_of(layer, *batch).requires_grad_()
     sample = layer.sample(params)
-    assert sample.z.shape == (3, *batch, 1) and layer.mode(params).shape == (*batch, 1)
+    assert sample.z.shape == (3, *batch, 2) and layer.mode(params).shape == (*batch, 2)
+    assert sample.log_prob.shape == (3, *batch)
     sample.surrogate(sample.z.sum(-1)).sum().backward()
     assert layer.eval().sample(params).z.requires_grad is False
 

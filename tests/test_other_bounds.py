@@ -33,6 +33,36 @@ def test_gradients_of_the_renyi_bound_are_exact_in_the_mean(alpha):
     check_gradients(model, x, integrated(model, x, 2, 60, value))
 
 
+@pytest.mark.parametrize(
+    ("objective", "alpha"),
+    [
+        (IWAE("vimco"), 0.0),
+        (IWAE("vimco", control="arithmetic"), 0.0),
+        (IWAE("ovis"), 0.0),
+        (Renyi(0.5, "vimco"), 0.5),
+        (Renyi(-1.0, "vimco"), -1.0),
+    ],
+    ids=str,
+)
+def test_each_draw_is_compared_with_the_bound_that_has_the_mean_of_the_others_in_its_place(objective, alpha):
+    k, power = 4, 1 - alpha
+    log_joint, log_q = torch.randn(2, k, 3, dtype=torch.float64)
+    log_q.requires_grad_()
+    terms = Terms(sample=None, log_likelihood=log_joint, log_prior=0 * log_joint, log_q=log_q, kl=None)
+    (gradient,) = torch.autograd.grad(objective.loss(terms, 0).sum(), log_q)
+    weights = (log_joint - log_q).detach()
+    for draw in range(k):
+        others, replaced = torch.cat([weights[:draw], weights[draw + 1 :]]), weights.clone()
+        replaced[draw] = others.mean(0)
+        if objective == IWAE("vimco", control="arithmetic"):
+            replaced[draw] = others.logsumexp(0) - math.log(k - 1)
+        if objective == IWAE("ovis"):
+            replaced[draw] = -math.inf
+        advantage = renyi(weights.T, alpha) - renyi(replaced.T, alpha)
+        expected = (power * weights).softmax(0)[draw] - advantage  # of minus the bound; the first is that of its value
+        torch.testing.assert_close(gradient[draw], expected)
+
+
 def test_renyi_bounds_run_from_the_importance_weighted_bound_to_the_elbo_and_below():
     model, x = gaussian_model("elbo", 4)
     for a, b in zip(sampled(model, x, Renyi(0.0)), sampled(model, x, IWAE()), strict=True):

@@ -45,6 +45,18 @@ def test_mean_and_variance_by_nodes_are_those_of_the_law(family):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+LAW_OF = {family: name for name in sl.list_layers() for family in sl.describe(name).families}
+
+
+@pytest.mark.parametrize("family", sorted({*LAW_OF} - {"bernoulli", "categorical", "quantized"}))
+def test_a_finer_rule_has_more_nodes(family):
+    """The difference that it makes is what the certificates take for the error of the coarse one."""
+    subject = Subject(LAW_OF[family], family=family)
+    layer = subject.build()
+    q = layer.distribution(subject.params(1))
+    assert len(layer.family.nodes(q, 1)[0]) > len(layer.family.nodes(q)[0])
+
+
 @pytest.mark.parametrize("family", ["beta", "kumaraswamy", "dirichlet"])
 def test_mass_at_the_ends_of_the_interval_is_not_lost(family):
     """A hundredth of it lies where 1 - z is no number any more."""

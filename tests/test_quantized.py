@@ -159,6 +159,7 @@ def test_autocast_does_not_reach_the_codebook():
         ("fsq", {"levels": ()}, "levels"),
         ("fsq", {"levels": (3, 1)}, "levels"),
         ("fsq", {"levels": (1000,) * 30}, "2\\*\\*63"),
+        ("fsq", {"levels": (2,) * 63}, "2\\*\\*63"),
         ("lfq", {"code_dim": 63}, "code_dim"),
         ("lfq", {"temperature": 0.0}, "temperature"),
         ("lfq", {"entropy_weight": math.nan}, "entropy_weight"),

@@ -1,5 +1,6 @@
 """Relaxed layers: maps onto the simplex, relaxed objectives against plain implementations, laws with atoms."""
 
+import inspect
 import math
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch.distributions import kl_divergence
 from two_variables import BITS, CATEGORIES, FAMILIES, PARAMS
 
 import stochastic_layers as sl
+from stochastic_layers.families import takes_categories
+from stochastic_layers.registry import layer_class
 from stochastic_layers.relaxed import perturbed
 from stochastic_layers.simplex_maps import entmax15, sparsemax
 from stochastic_layers.testing import PolynomialCost, check_law, check_mean, exact_value, measure
@@ -204,6 +207,37 @@ def test_extreme_logits_and_temperatures_are_finite(name, options, dtype):
             assert sample.z.dtype == dtype
 
 
+TEMPERED = [
+    (name, family, option)
+    for name in sl.list_layers()
+    for option in ("temperature", "sampling_temperature")
+    if option in inspect.signature(layer_class(name)).parameters
+    for family in sl.describe(name).families
+]
+
+
+@pytest.mark.parametrize(("name", "family", "option"), TEMPERED)
+def test_every_temperature_is_finite_or_refused(name, family, option):
+    sizes = {"num_categories": 3} if takes_categories(family) else {}
+    usable = 0
+    for exponent in (-300, -45, -38, -30, -10, -6, -3, 0, 3, 6, 10, 38, 300):
+        try:
+            layer = sl.create(name, latent_dim=2, family=family, **sizes, **{option: 10.0**exponent})
+        except ValueError as error:
+            assert "temperature from" in str(error)
+            continue
+        usable += 1
+        for size in (1.0, 10.0 if family in ("poisson", "invertible_gaussian") else 1e4):
+            leaf = (size * torch.randn(64, layer.in_features).clamp(-1.6, 1.6)).requires_grad_()
+            sample = layer.sample(leaf)
+            loss = sample.surrogate((sample.z / (1 + sample.z.abs())).square().sum(-1)).sum()
+            trained = [leaf, *layer.parameters()]
+            slopes = [t for t in torch.autograd.grad(loss, trained, allow_unused=True) if t is not None]
+            for tensor in (sample.z, sample.log_prob, *slopes):
+                assert bool(torch.isfinite(tensor).all()), (exponent, size)
+    assert usable >= 3
+
+
 def draw(layer, params):
     sample = layer.sample(params)
     return sample.surrogate((sample.z**2).sum(-1))
@@ -318,7 +352,7 @@ def test_kl_of_the_invertible_gaussian_is_the_mean_of_the_log_ratio():
         ("hard_concrete", {"stretch": (0.0, 1.1)}, "low < 0 and high > 1"),
         ("invertible_gaussian", {"num_categories": 3, "temperature": 0}, "temperature > 0"),
         ("invertible_gaussian", {}, "num_categories >= 2"),
-        ("poisson", {"temperature": 1.5}, "temperature > 0 and <= 1, got 1.5"),
+        ("poisson", {"temperature": 1.5}, "temperature from 1e-06 to 1, got 1.5"),
         ("poisson", {"max_arrivals": 0}, "max_arrivals >= 1"),
         ("poisson_straight_through", {"order": 4}, "order 1, 2 or 3, got 4"),
     ],
@@ -328,9 +362,10 @@ def test_bad_options_are_refused_at_construction(name, options, message):
         sl.create(name, latent_dim=2, **options)
 
 
-def test_log_variances_that_overflow_are_refused():
+def test_log_variances_whose_exponentials_are_out_of_range_are_refused():
     layer = sl.create("invertible_gaussian", latent_dim=1, num_categories=2)
-    with pytest.raises(ValueError, match="log-variances between -80 and 80"):
-        layer(torch.tensor([0.0, 100.0]))
+    for log_variance in (100.0, -100.0):
+        with pytest.raises(ValueError, match="log-variances between -80 and 80"):
+            layer(torch.tensor([0.0, log_variance]))
     assert bool(torch.isfinite(layer(torch.tensor([100.0, 0.0]))).all())
     assert exact_value(layer, torch.zeros(1, 2, dtype=double), lambda z: z[..., 0]).item() == pytest.approx(0.5)

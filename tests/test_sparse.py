@@ -37,6 +37,7 @@ def test_sparse_law_is_one_law_in_distribution_weights_log_prob_and_draws():
     sample = layer.sample(params)
     assert sample.z.shape[0] == 6  # two categories of the first variable, three of the second
     assert sample.weights[:, 1].tolist() == [1, 0, 0, 0, 0, 0]
+    assert torch.equal(sample.z[:, 1], sample.z[:1, 1].expand(6, 6))  # the likeliest outcome, whose cost is known
     torch.testing.assert_close((sample.weights.unsqueeze(-1) * sample.z).sum(0), probs.flatten(1))
     torch.testing.assert_close(sample.log_prob[:, 0].exp(), sample.weights[:, 0])
     assert torch.isfinite(sample.log_prob).all()  # also where points fill up with weight 0

@@ -205,7 +205,7 @@ def test_straight_through_gumbel_is_the_hard_gumbel_softmax():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("reinmax", {"temperature": 0.9}, "temperature >= 1, got 0.9"),
+        ("reinmax", {"temperature": 0.9}, "temperature from 1 to 1e\\+06, got 0.9"),
         ("gumbel_rao", {"temperature": 0}, "temperature > 0, got 0"),
         ("gumbel_rao", {"num_replicates": 0}, "num_replicates >= 1, got 0"),
         ("gapped_straight_through", {"gap": -1}, "gap >= 0, got -1"),
@@ -221,7 +221,7 @@ def test_bad_options_are_refused_at_construction(name, options, message):
 
 def test_temperature_of_reinmax_cannot_be_assigned_below_one():
     layer = sl.create("reinmax", latent_dim=2)
-    with pytest.raises(ValueError, match="temperature >= 1"):
+    with pytest.raises(ValueError, match="temperature from 1 to"):
         layer.temperature = 0.5
     layer.temperature = 1.25
     other = sl.create("reinmax", latent_dim=2)
