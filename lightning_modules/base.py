@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.build import build_likelihood, build_objective, fused_adam
+from lightning_modules.build import build_likelihood, build_objective, default_adam
 from lightning_modules.evaluation import Evaluation, evaluation_loader, unpadded
 from lightning_modules.hyperparameters import example_shape, plain_options
 from lightning_modules.likelihoods import Likelihood, at_least_float32
@@ -89,9 +89,9 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.objective = build_objective(objective)
         self.lr = check_positive("lr", lr, or_zero=True)
         self.baseline_lr = None if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
-        if not callable(optimizer or fused_adam):
+        if not (optimizer is None or callable(optimizer)):
             raise ValueError(f"needed a function of parameter groups as optimizer, got {optimizer!r}; give a partial.")
-        self.make_optimizer = optimizer or fused_adam
+        self.make_optimizer = optimizer
         self.iwae_samples = dict(iwae_samples or {})
         if unknown := set(self.iwae_samples) - {"val", "test"}:
             raise ValueError(f"needed the stages 'val' and 'test' in iwae_samples, got {sorted(unknown)}.")
@@ -359,7 +359,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             {"params": [p for p in self.parameters() if id(p) not in known], "lr": self.lr},
             {"params": own, "lr": self.lr if self.baseline_lr is None else self.baseline_lr},
         ]
-        return self.make_optimizer([group for group in groups if group["params"]])
+        make = self.make_optimizer or default_adam(self._trainer)
+        return make([group for group in groups if group["params"]])
 
     def configure_callbacks(self) -> list[Callback]:
         # imported late: the callback is written for this class

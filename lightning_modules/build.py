@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,7 +26,7 @@ from lightning_modules.objectives import ELBO, Objective
 from lightning_modules.priors import LearnedPrior, Prior, StandardPrior
 from stochastic_layers import StochasticLayer, create
 from stochastic_layers.families import Family, takes_categories
-from stochastic_layers.registry import layer_class, nearest
+from stochastic_layers.registry import layer_class, list_layers, nearest
 
 __all__ = [
     "build_decoder",
@@ -32,7 +35,7 @@ __all__ = [
     "build_likelihood",
     "build_objective",
     "build_prior",
-    "fused_adam",
+    "default_adam",
 ]
 
 LIKELIHOODS = {c.name: c for c in (BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogistic, GaussianLikelihood)}
@@ -97,6 +100,11 @@ def build_layer(layer: Spec | StochasticLayer, options: Mapping[str, Any] | None
             )
         return layer
     layer, options = layer_spec(layer, options)
+    if "." in layer and layer not in list_layers():
+        raise ValueError(
+            f"needed the name of a registered layer, got {layer!r}; on the command line a class path that exists takes "
+            f"the options that its class needs after it: --model.layer={layer} --model.layer.latent_dim=N."
+        )
     cls = layer_class(layer)
     parameters = inspect.signature(cls).parameters
     options.setdefault("latent_dim", cls.default_latent_dim)
@@ -135,6 +143,10 @@ def build_objective(objective: Spec | Objective) -> Objective:
     return objective if isinstance(objective, Objective) else _named("an objective", objective, OBJECTIVES)
 
 
-def fused_adam(groups: Iterable[Any]) -> Optimizer:
-    """Adam in its fused form, the default optimizer."""
-    return torch.optim.Adam(groups, fused=True)
+def default_adam(trainer: Trainer | None) -> Callable[[Iterable[Any]], Optimizer]:
+    """Adam, the default optimizer; in its fused form, unless the Trainer is to clip in mixed precision.
+
+    There Lightning refuses to clip for a fused optimizer, which may have the scaled gradients to itself.
+    """
+    clips = trainer is not None and isinstance(trainer.precision_plugin, MixedPrecision) and trainer.gradient_clip_val
+    return partial(torch.optim.Adam, fused=not clips)

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_modules.base import log_interval, own_noise, step_is_due
-from lightning_modules.build import fused_adam
+from lightning_modules.build import default_adam
 from lightning_modules.evaluation import evaluation_loader, unpadded
 from lightning_modules.metrics import ExampleMean
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
@@ -101,7 +101,7 @@ class StochasticClassifier(WeightsOnly):
         self.dataset_size = dataset_size
         self.eval_draws = eval_draws
         self.lr = check_positive("lr", lr, or_zero=True)
-        self.make_optimizer = optimizer or fused_adam
+        self.make_optimizer = optimizer
         self.accuracies = nn.ModuleDict(
             {f"{s}_stage": MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
         )
@@ -135,7 +135,35 @@ class StochasticClassifier(WeightsOnly):
         log_probs = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
         return log_probs.gather(-1, y.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
+    def check_data(self, batch: Any) -> None:
+        """Refuse a batch that is not ``(x, y)`` with x ``[B, ...]`` and y ``[B]``, integers from 0.
+
+        Raises:
+            ValueError: It is no such pair, or a label is of no class.
+        """
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not pair or not all(isinstance(part, Tensor) for part in batch):
+            raise ValueError(
+                f"needed batches (x, y) of two tensors, got {_kinds(batch)}; give the loader a collate_fn."
+            )
+        x, y = batch
+        if y.shape != x.shape[:1]:
+            raise ValueError(
+                f"needed one label for each of {len(x)} examples, [{len(x)}], got {list(y.shape)}; make "
+                "labels of one-hot rows by y.argmax(-1), and of a column by y.squeeze(-1)."
+            )
+        if y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"needed labels in torch.int64, got {y.dtype}; convert them, y.long().")
+        low, high = (int(bound) for bound in y.aminmax())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"needed labels from 0 to {self.num_classes - 1}, got {low} to {high}; number the classes from 0, or "
+                "build the model with more num_classes."
+            )
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == 0 and batch_idx == 0:
+            self.check_data(batch)
         x, y = batch
         with capture() as samples:
             logits = self.network(x)
@@ -146,6 +174,7 @@ class StochasticClassifier(WeightsOnly):
             self._log_training(loss, expected, logits, y, samples)
         return loss
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # Lightning's log inspects its caller: not traceable
     @torch.no_grad()
     def _log_training(self, loss: Tensor, expected: Tensor, logits: Tensor, y: Tensor, samples: list[Sample]) -> None:
         # by the weights of the draws: some layers evaluate auxiliary points as well, or every outcome
@@ -172,19 +201,20 @@ class StochasticClassifier(WeightsOnly):
         return self.draws(x).softmax(-1).mean(0)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        self._evaluate("val", x, y, unpadded(evaluation_loader(self.trainer), batch_idx))
+        self._evaluate("val", batch, batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        self._evaluate("test", x, y, unpadded(evaluation_loader(self.trainer), batch_idx))
+        self._evaluate("test", batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Averaged probabilities ``[B, num_classes]``."""
         return self.predict_probs(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
-    def _evaluate(self, stage: str, x: Tensor, y: Tensor, count: int | None) -> None:
-        """Update and log the metrics of a stage by the first ``count`` examples, all by default."""
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
+        """Update and log the metrics of a stage by the examples that are no padding."""
+        self.check_data(batch)
+        x, y = batch
+        count = unpadded(evaluation_loader(self.trainer), batch_idx)
         logits = self.draws(x)
         log_prob = self.log_prob(logits, y)  # [draws, B]
         expected = log_prob.mean(0)
@@ -205,7 +235,8 @@ class StochasticClassifier(WeightsOnly):
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
 
     def configure_optimizers(self) -> Optimizer:
-        return self.make_optimizer(self.network.parameters())
+        make = self.make_optimizer or default_adam(self._trainer)
+        return make(self.network.parameters())
 
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)
@@ -217,6 +248,12 @@ class StochasticClassifier(WeightsOnly):
 
     def configure_callbacks(self) -> list[Callback]:
         return own_noise(self.trainer)
+
+
+def _kinds(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"{len(batch)} of {', '.join(type(part).__name__ for part in batch)}"
+    return type(batch).__name__
 
 
 def _expectation(value: Tensor, samples: list[Sample]) -> Tensor:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,8 +21,10 @@ from rich.console import Console
 
 import stochastic_layers as sl
 from lightning_modules.callbacks import CollapseWarning, Pictures, Report
+from lightning_modules.callbacks.codes import LatentCodes
 from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.checkpoints import VerifiedCheckpointIO
+from lightning_modules.configuration import names_data
 from lightning_modules.data import ImageDataModule
 from lightning_modules.resuming import check_agreement, check_weights, newest_best, options_of_data, options_of_model
 from lightning_modules.sweeps import TrialRecord
@@ -59,7 +59,7 @@ COMMANDS = {
     "fit": "train a model, test its best weights, draw pictures",
     "validate": "bounds on the validation data",
     "test": "bounds on the test data",
-    "predict": "latent codes of the test data",
+    "predict": "latent codes of the test data, in a file",
     "compare": "layers side by side on one's own model and data",
     "report": "a draft report in W&B from the results of a comparison",
     "sweep": "run a W&B sweep file without a network",
@@ -96,8 +96,12 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 layers = [layer.name for layer in getattr(pl_module, "stochastic_layers", [])]
-                # a string beside the mapping of a layer and its options: what runs are grouped and coloured by
-                config = self.config.as_dict() | {"layer_name": ", ".join(layers)}
+                config = self.config.as_dict() | {
+                    # a string beside the mapping of a layer and its options: what runs are grouped and coloured by
+                    "layer_name": ", ".join(layers),
+                    "n_params": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+                    "world_size": trainer.world_size,
+                }
                 known = dict(logger.experiment.config)
                 # a sweep has set some of it and locked that: W&B would warn of an ignored update, to the same value
                 news = {name: value for name, value in config.items() if name not in known or known[name] != value}
@@ -201,7 +205,7 @@ class CLI(LightningCLI):
             callbacks.append(EarlyStopping("val/elbo", mode="max", patience=patience))
         if not any(isinstance(callback, CollapseWarning) for callback in callbacks):
             callbacks.append(CollapseWarning())
-        callbacks += [Report(), *TrialRecord.from_environment()]
+        callbacks += [Report(), LatentCodes(), *TrialRecord.from_environment()]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.save_dir is not None:
                 Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # W&B 0.18 goes elsewhere if it is missing
@@ -265,26 +269,6 @@ def trainer_callbacks(trainer: Trainer) -> list[Any]:
     """The callbacks of a Trainer, an attribute that Lightning does not declare."""
     callbacks: list[Any] = cast(Any, trainer).callbacks
     return callbacks
-
-
-def names_data(words: Sequence[str]) -> bool:
-    """Whether the command line, or a configuration file that it names, chooses the data module."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        option, _, value = word.partition("=")
-        if option == "--data":
-            return True
-        if option in ("--config", "-c") and "data" in read_config(value or following):
-            return True
-    return False
-
-
-def read_config(path: str | Path) -> Mapping[str, Any]:
-    """What a configuration file holds; empty where the parser will find fault with it."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, Mapping) else {}
 
 
 def overview() -> str:

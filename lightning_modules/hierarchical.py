@@ -89,7 +89,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
 
     Args:
         layers: From the data upwards: names of layers, mappings ``{"name": ..., **options}``, or layers. A quantizer
-            can only be the last one: those below need a density.
+            can only be the last one, with ``prior="standard"``: those below, and a learned prior, need a density.
         encoder: See :class:`VAE`; from the data to the first layer.
         decoder: See :class:`VAE`; from the first layer to the data.
         prior: See :class:`VAE`; that of the last layer.

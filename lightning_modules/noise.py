@@ -13,7 +13,7 @@ from stochastic_layers.preserved import seed_generators
 
 __all__ = ["ReproducibleNoise"]
 
-_FIT, _VALIDATE, _TEST, _PREDICT = range(4)
+_FIT, _VALIDATE, _TEST, _PREDICT, _ORDER = range(5)
 
 
 class ReproducibleNoise(Callback):
@@ -21,8 +21,9 @@ class ReproducibleNoise(Callback):
 
     ``seed_everything`` gives every rank the same noise, and a resumed run repeats that of the first epoch. With this
     callback ranks draw different noise, the noise of a batch does not depend on how the run got there, and validation
-    neither moves the training noise nor changes its own from epoch to epoch. ``VAE`` has it by default; add it to the
-    Trainer of your own module.
+    neither moves the training noise nor changes its own from epoch to epoch. Each epoch begins with a seed of (seed,
+    epoch): validation does not change the order of a ``DataLoader`` that shuffles either. ``VAE`` has it by default;
+    add it to the Trainer of your own module.
 
     Args:
         seed: Base seed; by default that of ``seed_everything``, else a random one that the checkpoint keeps.
@@ -48,6 +49,12 @@ class ReproducibleNoise(Callback):
         assert self.seed is not None
         seed = mix64(self.seed, trainer.global_rank if self.mode == "per_rank" else 0, *position)
         seed_generators(seed, trainer.strategy.root_device)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # for loaders that shuffle by torch's generator, from which the loader of validation draws as well; on all ranks
+        # the same, as seed_everything has it: a sampler may deal out a common order
+        assert self.seed is not None
+        seed_generators(mix64(self.seed, 0, _ORDER, trainer.current_epoch), trainer.strategy.root_device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._reseed(trainer, _FIT, trainer.current_epoch, batch_idx)

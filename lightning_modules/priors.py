@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, kl_divergence
 
 from stochastic_layers.families import Family
+from stochastic_layers.point_mass import QuantizedFamily
 
 __all__ = ["LearnedPrior", "Prior", "StandardPrior", "kl_is_known", "kl_per_latent"]
 
@@ -45,12 +46,21 @@ class StandardPrior(Prior):
 
 
 class LearnedPrior(Prior):
-    """A member of the family whose params are learned, starting at zero."""
+    """A member of the family whose params are learned, starting at zero.
+
+    Raises:
+        ValueError: The family is that of quantizers, whose members are points.
+    """
 
     name = "learned"
 
     def __init__(self, family: Family) -> None:
         super().__init__(family)
+        if isinstance(family, QuantizedFamily):
+            raise ValueError(
+                "needed a layer with a density for the prior 'learned', got a quantizer: a law of its family is one "
+                "code, and the KL from it infinite; use prior='standard', a uniform choice of codes."
+            )
         self.params = nn.Parameter(torch.zeros(family.in_features))
 
     def forward(self, device: torch.device) -> Distribution:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from scale_runs import build, fit, shares
+from scale_runs import build, build_hierarchy, fit, shares, state
 
 NAMES = ("enumeration", "reinforce:leave_one_out")
 
@@ -25,11 +25,12 @@ class Logged(L.Callback):
 def logged(model, batches, **options):
     seen = Logged()
     fit(model, batches, callbacks=[seen], log_every_n_steps=1, max_epochs=1, **options)
-    return seen.steps
+    return seen.steps, state(model)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    found = {name: logged(build(name, lr=0.01), shares()[rank], devices=2, strategy="ddp") for name in NAMES}
+    models = {name: build(name, lr=0.01) for name in NAMES} | {"hierarchy": build_hierarchy(lr=0.01)}
+    found = {name: logged(model, shares()[rank], devices=2, strategy="ddp") for name, model in models.items()}
     torch.save(found, Path(sys.argv[1]) / f"rank{rank}.pt")

@@ -25,6 +25,7 @@ def check_config(config, parameters, config_file):
     own = {name: config.pop(name) if "." in name else config[name] for name in parameters}
     assert own == parameters  # W&B's record of what the sweep has set, under the dotted names of the file
     name = config.pop("layer_name")
+    assert config.pop("n_params") > 1000 and config.pop("world_size") >= 1
     written = yaml.safe_load(config_file.read_text())
     assert {key: without_null(config[key]) for key in written} == {key: without_null(written[key]) for key in written}
     assert {key for key in config if config[key] is not None} <= set(written)  # once: nothing beside it

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from quiet_trainer import quiet_trainer
 
 import stochastic_layers as sl
-from lightning_modules import VAE
+from lightning_modules import VAE, HierarchicalVAE
 from lightning_modules.data.binarize import mix64
 
 SEED = 3
@@ -43,6 +43,14 @@ def build(name, cls=VAE, **extra):
     torch.manual_seed(0)
     network = {"name": "mlp", "hidden_features": [7]}
     return cls(*options(name), encoder=network, decoder=network, data_shape=(1, 4, 4), **extra)
+
+
+def build_hierarchy(cls=HierarchicalVAE, **extra):
+    """Two layers: one with state to agree on, below one whose KL is in closed form."""
+    torch.manual_seed(0)
+    network = {"name": "mlp", "hidden_features": [7]}
+    layers = [{"name": "nvil", "latent_dim": 5}, {"name": "gaussian", "latent_dim": 3}]
+    return cls(layers, encoder=network, decoder=network, data_shape=(1, 4, 4), **extra)
 
 
 class Batches:
@@ -82,7 +90,7 @@ class Losses(L.Callback):
         self.noise.append(torch.rand(2))
 
 
-class Joined(VAE):
+class _Joined:
     """Sees joined batches and draws the noise of every rank's rows as that rank does."""
 
     kinds = (set(), set())
@@ -93,6 +101,14 @@ class Joined(VAE):
             loss = super().training_step(batch, batch_idx)
         self.kinds = (self.kinds[0] | noise.split, self.kinds[1] | noise.shared)
         return loss
+
+
+class Joined(_Joined, VAE):
+    pass
+
+
+class JoinedHierarchy(_Joined, HierarchicalVAE):
+    pass
 
 
 def fit(model, batches, *, resume=None, checkpoints=None, **trainer_options):

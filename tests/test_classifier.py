@@ -185,6 +185,53 @@ def test_bad_options_are_refused(options, message):
         StochasticClassifier(**({"network": nn.Linear(64, 10), "num_classes": 10} | options))
 
 
+X, Y = torch.rand(6, 1, 8, 8), torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (X, r"needed batches \(x, y\) of two tensors, got Tensor"),
+        ((X,), r"needed batches \(x, y\) of two tensors, got 1 of Tensor"),
+        ((X, list(Y)), r"needed batches \(x, y\) of two tensors, got 2 of Tensor, list"),
+        ((X, torch.eye(10)[Y]), r"needed one label for each of 6 examples, \[6\], got \[6, 10\].*y.argmax\(-1\)"),
+        ((X, Y[:, None]), r"got \[6, 1\].*y.squeeze\(-1\)"),
+        ((X, Y[:5]), r"needed one label for each of 6 examples, \[6\], got \[5\]"),
+        ((X, Y.float()), r"needed labels in torch.int64, got torch.float32; convert them, y.long\(\)"),
+        ((X, Y.byte()), "needed labels in torch.int64, got torch.uint8"),
+        ((X, Y + 5), "needed labels from 0 to 9, got 5 to 10; number the classes from 0"),
+        ((X, Y - 1), "needed labels from 0 to 9, got -1 to 4"),
+    ],
+    ids=lambda v: v[:30] if isinstance(v, str) else "",
+)
+@pytest.mark.parametrize("use", ["fit", "validate", "test"])
+def test_other_batches_than_data_and_labels_are_refused(use, batch, message, tmp_path):
+    model, run = StochasticClassifier(network(), 10), trainer(tmp_path, limit_val_batches=int(use != "fit"))
+    with pytest.raises(ValueError, match=message):
+        loader = DataLoader([batch], batch_size=None)
+        run.fit(model, loader, loader) if use == "fit" else getattr(run, use)(model, loader)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, at a graph break
+def test_a_compiled_classifier_trains_as_it_does_uncompiled(tmp_path):
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = StochasticClassifier(network("straight_through"), 10)
+        run = trainer(tmp_path, max_steps=1, log_every_n_steps=1, limit_val_batches=0)
+        run.fit(torch.compile(model, backend="eager") if compiled else model, Digits())
+        found.append([*model.parameters(), run.callback_metrics["train/accuracy"]])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_are_clipped_in_mixed_precision(tmp_path):
+    run = trainer(tmp_path, max_steps=1, precision="bf16-mixed", gradient_clip_val=0.1)
+    run.fit(StochasticClassifier(network(**LOO), 10), Digits())
+    assert run.global_step == 1
+
+
 def test_logits_of_another_shape_are_refused():
     model = StochasticClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), 10)
     with pytest.raises(ValueError, match=r"needed logits \[..., 5, 10\] of the network, got \[5, 9\]"):

@@ -3,13 +3,20 @@
 import csv
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import wandb
+import wandb_offline
 import yaml
 
 import stochastic_layers as sl
 from lightning_modules import VAE
+from lightning_modules.callbacks.codes import LatentCodes
 from lightning_modules.cli import main
+from lightning_modules.data import Digits
 
 TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.accelerator=cpu"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -50,6 +57,7 @@ def test_fit_without_arguments_of_its_own_trains_reports_and_draws(run, tmp_path
     logged = history(folder)
     for key in ("train/elbo", "train/kl", "train/reconstruction", "train/grad_variance", "train/grad_snr"):
         assert logged[key]
+    assert 0 < logged["time/sec_per_step"][0] < 10
     for stage in ("val", "test"):
         assert logged[f"{stage}/elbo"][-1] == pytest.approx(
             logged[f"{stage}/reconstruction"][-1] - logged[f"{stage}/kl"][-1], abs=1e-3
@@ -101,7 +109,19 @@ def test_test_and_predict_take_a_checkpoint(run, capsys):
     capsys.readouterr()
     for command in ("validate", "test", "predict"):
         run(command, "--ckpt_path", "runs/version_0/checkpoints/best.ckpt", "--trainer.accelerator=cpu", *QUIET)
-    assert "test/elbo" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "test/elbo" in out
+    file = Path(re.search(r"^latent codes \[360, 32\]: (.*codes\.pt)$", out, re.MULTILINE)[1])
+    model, data = VAE.load_from_checkpoint("runs/version_0/checkpoints/best.ckpt").eval(), Digits(binarization="none")
+    data.setup()
+    with torch.no_grad():
+        expected = model.layer.mode(model.encode(data.test_set[:][0]))
+    torch.testing.assert_close(torch.load(file, weights_only=True), expected)
+
+
+def test_codes_of_several_processes_are_refused():
+    with pytest.raises(ValueError, match=r"needed one process to predict.*got 2; set --trainer.devices=1"):
+        LatentCodes().setup(SimpleNamespace(world_size=2), VAE(), "predict")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
@@ -123,6 +143,13 @@ def test_options_that_a_checkpoint_would_override_are_refused(run, tmp_path):
     assert "needed a checkpoint as ckpt_path, got 'nowhere.ckpt', which is no file" in str(stop.value.code)
 
 
+def test_no_option_puts_another_optimizer_in_the_place_of_the_models_with_its_groups(run, capsys):
+    for option in ("--optimizer=Adam", "--lr_scheduler=StepLR"):
+        with pytest.raises(SystemExit) as stop:
+            run("fit", option)
+        assert stop.value.code == 2 and f"nrecognized arguments: {option}" in capsys.readouterr().err
+
+
 def test_early_stopping_by_patience(run, tmp_path):
     run("fit", "--patience=1", "--model.lr=0", *TINY, *QUIET, "--trainer.max_epochs=6")
     assert len(history(tmp_path / "runs/version_0")["val/elbo"]) == 2
@@ -135,6 +162,15 @@ def test_loggers_take_metrics_and_pictures_without_a_key(run, tmp_path, monkeypa
     run("fit", f"--trainer.logger={logger}", "--trainer.logger.save_dir=logs", *TINY, *QUIET)
     assert list((tmp_path / "logs").rglob("samples.png"))
     assert list((tmp_path / "logs").rglob("config.yaml"))
+    if logger == "WandbLogger":
+        wandb.finish()
+        (folder,) = (tmp_path / "logs/wandb").glob("offline-run-*")
+        config = wandb_offline.config(folder)
+        model = VAE(likelihood={"name": "discretized_logistic", "num_levels": 17})
+        flat = {name: config[name] for name in ("layer_name", "n_params", "world_size", "seed_everything")}
+        size = sum(parameter.numel() for parameter in model.parameters())
+        assert flat == {"layer_name": "straight_through", "n_params": size, "world_size": 1, "seed_everything": 0}
+        assert any("time/sec_per_step" in row for row in wandb_offline.history(folder))
 
 
 def test_binarized_data_get_the_bernoulli_likelihood(run, tmp_path):
@@ -151,9 +187,17 @@ def test_another_data_module_starts_from_its_own_defaults(run, tmp_path, capsys)
     config = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
     assert (config["binarization"], config["val_size"]) == ("dynamic", 10000)
     (tmp_path / "config.yaml").write_text("data: {class_path: MNIST}")
-    with pytest.raises(SystemExit):
-        run("fit", "--config=config.yaml", "--print_config")
-    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["binarization"] == "dynamic"
+    (tmp_path / "of_fit.yaml").write_text("fit: {data: {class_path: MNIST}}")
+    for words in (
+        ["fit", "--config=config.yaml"],
+        ["--config=of_fit.yaml", "fit"],
+        ["--config", "of_fit.yaml", "fit"],
+        ["fit", "--data.class_path=MNIST"],
+    ):
+        with pytest.raises(SystemExit):
+            run(*words, "--print_config")
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["data"]["init_args"]["binarization"] == "dynamic", words
     with pytest.raises(SystemExit):
         run("fit", "--data.batch_size=7", "--print_config")
     assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["batch_size"] == 7
@@ -220,6 +264,24 @@ def test_mistakes_end_in_one_clear_line(run, args, message):
     with pytest.raises(SystemExit) as stop:
         run(*args, *(TINY + QUIET if args[0] == "fit" else []))
     assert message in str(stop.value.code)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "needed a mapping of options, such as `model: {lr: 0.001}`, got an empty file; write some into it"),
+        (b"# later", "got an empty file"),
+        (b"- model", "got a list"),
+        (b"model", "got a str"),
+        (b"\xff\xfe", "needed a text file of options, got other bytes"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_configuration_file_without_options_is_named(run, tmp_path, command, content, message):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        run(command, "--data=Digits", "--config=config.yaml")
+    assert str(stop.value.code).startswith("stochastic-layers: config.yaml: ") and message in str(stop.value.code)
 
 
 @pytest.mark.slow

@@ -78,6 +78,19 @@ def test_weights_are_bit_identical_with_and_without_a_monitor(options):
     assert values["train/grad_variance/disarm"][6] != values["train/grad_variance"][6]
 
 
+def test_measurements_are_made_in_the_precision_of_training():
+    seen = set()
+
+    def model_of():
+        model = VAE("reinforce", LOO)
+        model.decoder.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        seen.clear()  # of the dry run, which is not training
+        return model
+
+    train(model_of, GradientVarianceMonitor(**FULL), steps=2, precision="bf16-mixed", limit_val_batches=0)
+    assert seen == {torch.bfloat16}
+
+
 def test_hierarchies_are_watched_layer_by_layer():
     def model_of():
         return HierarchicalVAE(BOTH)

@@ -1,8 +1,11 @@
 """Noise: different on each rank, the same after resuming, undisturbed by evaluation."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import processes
 import pytest
 import torch
 from quiet_trainer import quiet_trainer
@@ -37,10 +40,11 @@ class Own(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(tmp_path, *, val=True, seed=0, noise=True, ckpt=None, model=None, **options):
+def run(tmp_path, *, val=True, seed=0, noise=True, ckpt=None, model=None, shuffle=False, **options):
     L.seed_everything(seed, verbose=False)
     model = model or Own()
-    data = DataLoader(TensorDataset(torch.arange(36.0).view(12, 3) / 36), batch_size=3)
+    examples = TensorDataset(torch.arange(36.0).view(12, 3) / 36)
+    training, data = DataLoader(examples, batch_size=3, shuffle=shuffle), DataLoader(examples, batch_size=3)
     trainer = quiet_trainer(
         default_root_dir=tmp_path,
         callbacks=[ReproducibleNoise()] if noise else [],
@@ -48,13 +52,14 @@ def run(tmp_path, *, val=True, seed=0, noise=True, ckpt=None, model=None, **opti
         limit_val_batches=1.0 if val else 0,
         **({"max_epochs": 3} | options),
     )
-    trainer.fit(model, data, data, ckpt_path=ckpt)
+    trainer.fit(model, training, data, ckpt_path=ckpt)
     return trainer, model
 
 
-def test_validation_neither_moves_training_noise_nor_changes_its_own(tmp_path):
-    _, with_validation = run(tmp_path)
-    _, without = run(tmp_path, val=False)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_validation_neither_moves_training_noise_or_order_nor_changes_its_own(shuffle, tmp_path):
+    _, with_validation = run(tmp_path, shuffle=shuffle)
+    _, without = run(tmp_path, val=False, shuffle=shuffle)
     assert all(torch.equal(a, b) for a, b in zip(with_validation.drawn, without.drawn, strict=True))
     epochs = [torch.stack(with_validation.validated[2 + 4 * e : 6 + 4 * e]) for e in range(3)]
     assert torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[1], epochs[2])
@@ -85,9 +90,9 @@ def test_a_resumed_run_repeats_the_undisturbed_one_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), resumed.buffers(), strict=True))
 
 
-def trainer_of(rank):
+def trainer_of(rank, epoch=0):
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    return SimpleNamespace(global_rank=rank, current_epoch=0, strategy=strategy)
+    return SimpleNamespace(global_rank=rank, current_epoch=epoch, strategy=strategy)
 
 
 @pytest.mark.parametrize("stage", ["validation", "test", "predict"])
@@ -101,15 +106,35 @@ def test_evaluation_leaves_the_random_state_as_it_was(stage):
 
 
 def test_ranks_draw_different_noise_unless_it_is_shared():
-    def draw(rank, mode):
-        ReproducibleNoise(seed=5, mode=mode).on_train_batch_start(trainer_of(rank), None, None, 0)
+    def draw(rank, mode, epoch=0, batch=0):
+        ReproducibleNoise(seed=5, mode=mode).on_train_batch_start(trainer_of(rank, epoch), None, None, batch)
+        return torch.rand(4)
+
+    def order(rank, epoch):
+        ReproducibleNoise(seed=5).on_train_epoch_start(trainer_of(rank, epoch), None)
         return torch.rand(4)
 
     assert not torch.equal(draw(0, "per_rank"), draw(1, "per_rank"))
     assert torch.equal(draw(1, "per_rank"), draw(1, "per_rank"))
     assert torch.equal(draw(0, "shared"), draw(1, "shared"))
+    assert not torch.equal(draw(0, "shared"), draw(0, "shared", epoch=1))
+    assert not torch.equal(draw(0, "shared"), draw(0, "shared", batch=1))
+    assert torch.equal(order(0, 1), order(1, 1)) and not torch.equal(order(0, 0), order(0, 1))
     with pytest.raises(ValueError, match="needed mode"):
         ReproducibleNoise(mode="per_host")
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("strategy", "mode"), [("ddp_fork", "per_rank"), ("ddp_fork", "shared"), ("ddp_spawn", "per_rank")]
+)
+def test_processes_that_begin_with_the_same_random_state_draw_different_noise(strategy, mode, tmp_path):
+    worker = Path(__file__).with_name("spawned_worker.py")
+    status, output = processes.run([sys.executable, str(worker), str(tmp_path), strategy, mode], timeout=200)
+    assert status == 0, output[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["weights"], second["weights"])
+    assert bool((first["noise"] == second["noise"]).any()) == (mode == "shared")
 
 
 def test_seeds_of_neighbouring_positions_do_not_collide():

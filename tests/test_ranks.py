@@ -10,13 +10,23 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from logged_worker import NAMES, logged
 from processes import launch, torchrun
 from quiet_trainer import quiet_trainer
-from scale_runs import ACCUMULATED, ROWS, Joined, build, fit, joined_batches, state
+from scale_runs import (
+    ACCUMULATED,
+    ROWS,
+    Joined,
+    JoinedHierarchy,
+    build,
+    build_hierarchy,
+    fit,
+    joined_batches,
+    state,
+)
 from scale_variance import KINDS, table
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_layers as sl
-from lightning_modules import ELBO
+from lightning_modules import ELBO, StochasticClassifier
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from stochastic_layers.baselines import RunningMean
 from stochastic_layers.control_variates import CostMoments, RelativeVariance
@@ -47,6 +57,16 @@ def test_gradients_of_uneven_ranks_average_to_that_of_the_joined_mean(monkeypatc
             losses.append(mean_over_ranks(part))
     assert float(sum(losses) / 2) == float(values.mean())
     assert float(sum(part.mean() for part in parts) / 2) != float(values.mean())  # what plain means would give
+
+
+def test_a_classifier_counts_the_rows_of_uneven_ranks_alike(monkeypatch):
+    model, x, y = StochasticClassifier(nn.Linear(3, 4), 4), torch.randn(5, 3), torch.arange(5) % 4
+    losses = []
+    for rows, other in ((slice(1), 4.0), (slice(1, 5), 1.0)):
+        with monkeypatch.context() as patch:
+            FakeRanks(patch, other)
+            losses.append(model.training_step((x[rows], y[rows]), 0))
+    torch.testing.assert_close(sum(losses) / 2, model.training_step((x, y), 0))
 
 
 def test_free_bits_are_those_of_the_joined_batch(monkeypatch):
@@ -209,12 +229,19 @@ def test_two_processes_under_ddp_halve_the_variance_unless_they_share_their_nois
 def test_what_two_processes_log_in_training_is_the_mean_over_the_rows_of_uneven_batches(tmp_path):
     launch("logged_worker.py", tmp_path, timeout=200)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for name in NAMES:
-        alone = logged(build(name, Joined, lr=0.01), joined_batches())
+    models = {name: build(name, Joined, lr=0.01) for name in NAMES} | {
+        "hierarchy": build_hierarchy(JoinedHierarchy, lr=0.01)
+    }
+    for name, model in models.items():
+        alone, end = logged(model, joined_batches())
         assert [set(step) for step in alone] == [{"train/elbo", "train/kl", "train/reconstruction"}] * len(ROWS)
-        assert ranks[0][name] == ranks[1][name]
-        for step, expected in zip(ranks[0][name], alone, strict=True):
+        (first, first_end), (second, second_end) = (rank[name] for rank in ranks)
+        assert first == second
+        for step, expected in zip(first, alone, strict=True):
             assert step == pytest.approx(expected, rel=1e-5), name
+        for key, value in end.items():
+            assert torch.equal(first_end[key], second_end[key]), (name, key)
+            torch.testing.assert_close(first_end[key], value, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
 
 
 @pytest.mark.ddp

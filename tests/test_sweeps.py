@@ -20,10 +20,11 @@ from quiet_trainer import quiet_trainer
 from lightning_modules import VAE
 from lightning_modules.cli import main
 from lightning_modules.data import Digits
-from lightning_modules.sweeps import Plan, Runner, SweepState, TrialRecord, rank
+from lightning_modules.sweeps import Plan, Runner, SweepState, Trial, TrialRecord, rank
 from lightning_modules.sweeps.plan import find_file, shipped_files
 from lightning_modules.sweeps.record import TRIAL_VARIABLE, read_record, stop_file
 from lightning_modules.sweeps.runner import share, trial_environment
+from lightning_modules.sweeps.state import new_id
 
 pytest.importorskip("sweeps", reason="needs W&B's search: pip install 'stochastic-layers[sweeps]', see docs/sweeps.md")
 
@@ -115,6 +116,30 @@ def test_random_points_depend_on_seed_and_number_alone(sweep):
     first = points("a", [3])
     assert points("b", [1, 3]) == first != points("c", [3], seed=1)
     assert len(set(first)) == 3 and all(type(x) is float for x in first)
+
+
+def test_a_nested_block_is_one_option_with_a_mapping(sweep, capsys):
+    block = {"lr": {"values": [0.1, 0.2]}, "layer": {"values": [{"name": "disarm"}, {"name": "reinforce"}]}}
+    plan = sweep(parameters={"model": {"parameters": block}, "seed_everything": {"values": [0, 1]}})
+    state = SweepState.open(Path("s"), plan.config)
+    while parameters := plan.propose(state, seed=0):
+        state.trials.append(Trial(new_id(), parameters, "finished"))
+    assert len(state.trials) == 8 == len({json.dumps(trial.parameters, sort_keys=True) for trial in state.trials})
+    with pytest.raises(SystemExit):
+        main(["fit", *plan.command(state.trials[-1].parameters)[2:], "--print_config"])
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert {name: model[name] for name in block} == state.trials[-1].parameters["model"]
+    assert model["encoder"] == "mlp"
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_proposed_numbers_are_pythons_wherever_they_are(sweep, method):
+    numbers = {"n": {"min": 1, "max": 9}, "u": {"min": 0.1, "max": 0.2}}
+    plan = sweep(method=method, parameters={**numbers, "block": {"parameters": numbers}})
+    parameters = plan.propose(SweepState.open(Path("s"), plan.config), seed=0)
+    for part in (parameters, parameters["block"]):
+        assert (type(part["n"]), type(part["u"])) == (int, float)
+    assert "np." not in " ".join(plan.command(parameters))
 
 
 def test_the_bayesian_search_learns_from_the_metric(sweep):
@@ -298,9 +323,9 @@ BAD = {
     "dates": ("a: 2020-01-01", "plain data"),
     "goal": ("program: p\nmethod: grid\nmetric: {name: a, goal: max}\nparameters: {x: {value: 1}}", "max"),
     "no metric": ("program: p\nmethod: grid\nparameters: {x: {value: 1}}", "no metric"),
-    "nested": (
-        "program: p\nmethod: grid\nmetric: {name: a}\nparameters: {m: {parameters: {x: {value: 1}}}}",
-        "use dotted names",
+    "null": (
+        "program: p\nmethod: grid\nmetric: {name: a}\nparameters: {m: {values: [null, 1]}, n: {values: [{b: null}]}}",
+        "null in ['m', 'n'], which no command line can say",
     ),
     "no program": ("method: grid\nmetric: {name: a}\nparameters: {x: {value: 1}}", "no program"),
     "no command": (

@@ -40,6 +40,9 @@ def test_temperature_follows_the_optimizer_step_through_a_restart(tmp_path):
     _, second, resumed = run(schedule, ckpt_path=tmp_path / "half.ckpt")
     assert first | second == seen
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in model.state_dict().items())
+    whole.save_checkpoint(tmp_path / "whole.ckpt")  # nothing is left to train: it stays as it is
+    _, _, resumed = run(schedule, ckpt_path=tmp_path / "whole.ckpt")
+    assert torch.equal(resumed.layer.temperature, model.layer.temperature)
     _, accumulated, _ = run(schedule, accumulate_grad_batches=5)
     assert accumulated[3] == pytest.approx(1 - 0.9 * 3 / 12)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_layers as sl
-from lightning_modules import ELBO, VAE, HierarchicalVAE, ReproducibleNoise
+from lightning_modules import ELBO, VAE, GradientVarianceMonitor, HierarchicalVAE, ReproducibleNoise
 from stochastic_layers.testing import enumerate_outcomes
 
 DISCRETE = [
@@ -203,6 +203,10 @@ def test_parts_that_do_not_fit_are_found_at_construction():
         VAE("flow", {"latent_dim": 4}, objective={"name": "elbo", "free_bits": 0.1})
     with pytest.raises(ValueError, match=r"got \[2, 64\]; end it with nn.Unflatten\(1, \(1, 8, 8\)\)"):
         VAE("gaussian", {"latent_dim": 4}, decoder=nn.Linear(4, 64))
+    with pytest.raises(ValueError, match=r"a density for the prior 'learned', got a quantizer.*use prior='standard'"):
+        VAE("vq", prior="learned")
+    with pytest.raises(ValueError, match=r"got 'stochastic_layers\.GumbelSoftmax'; on the command line a class path"):
+        VAE("stochastic_layers.GumbelSoftmax")
     with pytest.raises(ValueError, match="did you mean 'standard'"):
         VAE("gaussian", prior="standart")
     with pytest.raises(ValueError, match="has no option 'betta'; did you mean 'beta'"):
@@ -250,6 +254,16 @@ def test_the_optimizer_is_one_and_gives_the_layers_parameters_their_own_rate():
     assert isinstance(custom, torch.optim.SGD)
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}, {"gradient_clip_algorithm": "value"}], ids=str)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_default_optimizer_is_fused_where_gradients_can_be_clipped_all_the_same(
+    precision, options, tmp_path, loader
+):
+    run = trainer(tmp_path, max_steps=2, precision=precision, **options)
+    run.fit(VAE("reinforce", {"latent_dim": 4}), loader, loader)
+    assert run.optimizers[0].defaults["fused"] == (precision == "32-true" or "gradient_clip_val" not in options)
+
+
 @pytest.mark.parametrize("every", [2, 3])
 def test_two_optimizers_by_hand_are_logged_as_often_as_one(every, loader, tmp_path):
     class ByHand(VAE):
@@ -293,11 +307,32 @@ def test_kl_warmup_rises_linearly_and_free_bits_stop_the_gradient_of_a_small_kl(
     assert gradient.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("build", [VAE, lambda layer, **o: HierarchicalVAE([layer], **o)], ids=["vae", "hierarchy"])
+def test_the_weight_of_the_kl_is_that_of_the_optimizer_step(build, loader, tmp_path):
+    steps = []
+
+    class Watched(ELBO):
+        def weight(self, step):
+            steps.append(step)
+            return super().weight(step)
+
+    monitor = GradientVarianceMonitor(every_n_steps=0)
+    run = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2, limit_val_batches=0, callbacks=[monitor])
+    run.fit(build("gaussian", objective=Watched(kl_warmup_steps=4)), loader, loader)
+    assert steps == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]  # of five batches an epoch, the last one alone
+
+
 def test_pathwise_iwae_loss_is_the_bound(monkeypatch):
     model = VAE("gaussian", {"latent_dim": 2, "num_samples": 5}, objective="iwae")
     terms = model.terms((torch.rand(4, 1, 8, 8) > 0.5).float())
     weights = (terms.log_likelihood + terms.log_prior - terms.log_q).exp()
     torch.testing.assert_close(model.objective.loss(terms, 0), -weights.mean(0).log())
+
+
+def test_each_validation_counts_its_own_examples(loader, tmp_path):
+    model = VAE("gaussian", {"latent_dim": 2})
+    trainer(tmp_path, max_epochs=3, limit_train_batches=1).fit(model, loader, loader)
+    assert int(model.evaluation("val").kl_per_dimension.count) == len(loader.dataset)
 
 
 def test_checkpoints_hold_plain_data_and_rebuild_the_model(loader, tmp_path):

@@ -96,8 +96,6 @@ class TemperatureSchedule(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.check(pl_module)
-        for layer in _tempered(pl_module):
-            layer.temperature = self.temperature(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         value = self.temperature(trainer.global_step)

@@ -82,11 +82,9 @@ def parser() -> argparse.ArgumentParser:
 def main(rest: Sequence[str]) -> int:
     """Run ``stochastic-layers compare`` and return its exit status: 1 where a run, or the report, failed."""
     options, words = parser().parse_known_args(list(rest))
-    own = [name for action in parser()._actions for name in action.option_strings]
+    own = [f"--{name}" for name in vars(options)]  # of which the parser of all other options knows nothing
     for name in (word.partition("=")[0] for word in words if word.startswith("--")):
-        if close := get_close_matches(
-            name, own, 1, cutoff=0.85
-        ):  # the parser of all other options knows nothing of these
+        if close := get_close_matches(name, own, 1, cutoff=0.85):
             raise ValueError(f"needed an option of compare or fit, got {name!r}; did you mean {close[0]!r}?")
     sorting(METRICS["scores" if options.score else "training"], options.sort)  # a mistake is found now, not after hours
     parsed = parse(args=words)

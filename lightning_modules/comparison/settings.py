@@ -18,7 +18,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
 from lightning_modules.build import layer_spec
-from lightning_modules.cli import CLI, names_data, read_config
+from lightning_modules.cli import CLI
+from lightning_modules.configuration import given, names_data, read
 from lightning_modules.data import ImageDataModule
 from lightning_modules.hyperparameters import is_marked
 from lightning_modules.resuming import options_of_data, options_of_model
@@ -107,12 +108,8 @@ def parse(config: str | Path | Mapping[str, Any] | None = None, args: Sequence[s
 def _checkpoint_path(words: Sequence[str]) -> Path | None:
     """The checkpoint that the command line, or a configuration file that it names, starts from."""
     found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        option, _, value = word.partition("=")
-        if option == "--config":
-            found = read_config(value or following).get("ckpt_path") or found
-        elif option == "--ckpt_path":
-            found = value or following
+    for option, value in given(words, "--config", "--ckpt_path"):
+        found = value if option == "--ckpt_path" else read(value).get("ckpt_path") or found
     if found is not None and not Path(found).is_file():
         raise ValueError(f"needed a checkpoint as ckpt_path, got {str(found)!r}, which is no file.")
     return None if found is None else Path(found)

@@ -208,9 +208,9 @@ def _own_problems(config: dict[str, Any]) -> list[str]:
         problems.append("no metric; name a logged key, such as metric: {name: val/elbo, goal: maximize}")
     if config["method"] not in ("grid", "random", "bayes"):
         problems.append(f"the method {config['method']!r}; use grid, random or bayes")
-    nested = [name for name, spec in config["parameters"].items() if "parameters" in spec]
-    if nested:
-        problems.append(f"nested parameters {nested}; use dotted names, such as model.lr")
+    nulls = [name for name, spec in config["parameters"].items() if _holds_null(spec)]
+    if nulls:  # W&B makes the word None of it
+        problems.append(f"null in {nulls}, which no command line can say; write 'null' in quotes, or leave the key out")
     if "program" not in config:
         problems.append(f"no program; use program: {PROGRAM}")
     elif config["program"] == PROGRAM and "command" not in config:
@@ -221,6 +221,12 @@ def _own_problems(config: dict[str, Any]) -> list[str]:
     if not _has_arguments(config.get("command", DEFAULT_COMMAND)):
         problems.append("a command without ${args}, so that no trial would see its parameters")
     return problems
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_null, value.values()))
+    return any(map(_holds_null, value)) if isinstance(value, list) else value is None
 
 
 def _has_arguments(command: Sequence[Any]) -> bool:
