@@ -106,6 +106,7 @@ def _commit() -> dict[str, Any]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "changed_files": bool(git("status", "--porcelain", "-uno"))}
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":!/benchmarks/results")
+        return {"commit": git("rev-parse", "HEAD"), "changed_files": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "changed_files": None}
