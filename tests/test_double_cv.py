@@ -134,7 +134,7 @@ def test_a_missing_correction_is_caught(monkeypatch):
     layer, params = build("double_cv", {**BITS, "decay": 0.5})
     cost = PolynomialCost("quadratic", 3)
     train(layer, params, cost, steps=50)
-    monkeypatch.setattr(double_cv, "jacobian_product", lambda family, point, vector: torch.zeros_like(vector))
+    monkeypatch.setattr(double_cv, "covariance_product", lambda family, params, mean, v: torch.zeros_like(v))
     with pytest.raises(AssertionError, match="standard errors off"):
         check_mean(layer, params, cost)
 
