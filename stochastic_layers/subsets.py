@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints, register_kl
-from torch.distributions.utils import lazy_property
 from torch.nn import functional
 
 from stochastic_layers.auxiliary import kernels_usable
@@ -18,6 +18,8 @@ from stochastic_layers.noise import double_uniform
 from stochastic_layers.options import check_positive_int
 
 __all__ = ["KSubset", "SubsetFamily"]
+
+T = TypeVar("T")
 
 # Halvings of the interval in which the shift of the logits is sought: the expected number of chosen items is then close
 # enough to k for millions of items, so that it is k with a probability that is far from underflow.
@@ -153,6 +155,24 @@ def _without_specks(table: Tensor) -> Tensor:
     return functional.hardshrink(table, torch.finfo(table.dtype).tiny ** 0.5)
 
 
+class _Lazy(Generic[T]):
+    """A property that is computed once, with a graph where the logits have one, in whatever mode it is first asked for.
+
+    ``lazy_property`` of torch turns gradients on in any case, and ``torch.export`` stumbles over that.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, instance: KSubset, owner: object = None) -> T:
+        if instance is None:  # asked of the class
+            return self  # type: ignore[unreachable]
+        with torch.enable_grad() if instance.logits.requires_grad else nullcontext():
+            value = self.compute(instance)
+        instance.__dict__[self.name] = value
+        return value
+
+
 class _Subset(constraints.Constraint):
     """Vectors of ones and zeros with a given number of ones."""
 
@@ -210,22 +230,21 @@ class KSubset(Distribution):
         """Vectors of ones and zeros with k ones."""
         return _Subset(self.size)
 
-    @lazy_property
+    @_Lazy
     def _shifted(self) -> Tensor:
         """Logits ``[n, ...]`` of independent bits of which about k are expected to be 1, in float64."""
         logits = self.logits if self.logits.device.type == "mps" else self.logits.double()
-        with torch.no_grad():
-            middle = logits.topk(self.size, -1).values[..., -1:]  # near it lies what is uncertain
+        middle = logits.detach().topk(self.size, -1).values[..., -1:]  # near it lies what is uncertain
         x = logits - middle
-        with torch.no_grad():
-            low, high = torch.full_like(middle, -math.log(x.shape[-1])), torch.full_like(middle, 40.0)
-            for _ in range(HALVINGS):
-                shift = 0.5 * (low + high)
-                many = (x + shift).sigmoid().sum(-1, keepdim=True) > self.size
-                low, high = torch.where(many, low, shift), torch.where(many, shift, high)
+        constant = x.detach()
+        low, high = torch.full_like(middle, -math.log(x.shape[-1])), torch.full_like(middle, 40.0)
+        for _ in range(HALVINGS):
+            shift = 0.5 * (low + high)
+            many = (constant + shift).sigmoid().sum(-1, keepdim=True) > self.size
+            low, high = torch.where(many, low, shift), torch.where(many, shift, high)
         return (x + shift).movedim(-1, 0)
 
-    @lazy_property
+    @_Lazy
     def _tables(self) -> list[Tensor]:
         """Probabilities of 0, 1, ..., k ones among each run of 1, 2, 4, ... bits: ``[min(bits, k) + 1, runs, ...]``."""
         x = self._shifted
@@ -249,7 +268,7 @@ class KSubset(Distribution):
         x = self._shifted.movedim(0, -1)
         return (value * x - functional.softplus(x)).sum(-1).sub(self._log_chance).to(self.logits.dtype)
 
-    @lazy_property
+    @_Lazy
     def mean(self) -> Tensor:
         """The probability of each item ``[..., n]``, which adds up to k."""
         tables = self._tables

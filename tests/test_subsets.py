@@ -271,6 +271,18 @@ def test_sizes_that_do_not_fit_are_refused(family, message):
         sl.create("straight_through", latent_dim=1, family=family, num_categories=4)
 
 
+def test_what_was_first_asked_for_without_gradients_has_them_later():
+    logits = logits_of(5).requires_grad_()
+    q, other = sl.KSubset(logits, 2), sl.KSubset(logits, 2)
+    with torch.no_grad():
+        z, mean = q.sample(), q.mean
+    torch.testing.assert_close(mean, other.mean)
+    for quantity in (lambda law: law.mean[0], lambda law: law.log_prob(z), lambda law: law.entropy()):
+        found, wanted = (torch.autograd.grad(quantity(law), logits, retain_graph=True)[0] for law in (q, other))
+        torch.testing.assert_close(found, wanted)
+        assert bool(found.any())
+
+
 @pytest.mark.parametrize("size", [0, 6])
 def test_a_law_of_no_subset_is_refused(size):
     with pytest.raises(ValueError, match=f"size from 1 to the number of items, 5, got {size}"):
