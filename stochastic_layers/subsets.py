@@ -166,7 +166,7 @@ class _Lazy(Generic[T]):
 
     def __get__(self, instance: KSubset, owner: object = None) -> T:
         if instance is None:  # asked of the class
-            return self  # type: ignore[unreachable]
+            return self
         with torch.enable_grad() if instance.logits.requires_grad else nullcontext():
             value = self.compute(instance)
         instance.__dict__[self.name] = value
