@@ -212,6 +212,12 @@ class KSubset(Distribution):
     References:
         Weighted Finite Population Sampling to Maximize Entropy (Xiang-Hui Chen, Arthur P. Dempster, Jun S. Liu, 1994),
         https://doi.org/10.1093/biomet/81.3.457
+
+    Example:
+        >>> import torch, stochastic_layers as sl
+        >>> q = sl.KSubset(torch.zeros(4), 2)
+        >>> q.sample().sum(), q.mean
+        (tensor(2.), tensor([0.5000, 0.5000, 0.5000, 0.5000]))
     """
 
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012, as torch declares it
