@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints, register_kl
 from torch.nn import functional
 
-from stochastic_layers.auxiliary import kernels_usable
 from stochastic_layers.families import ChoiceFamily, register_family
 from stochastic_layers.noise import double_uniform
 from stochastic_layers.options import check_positive_int
+from stochastic_layers.run_tables import halves, outside, paired, without_specks
 
 __all__ = ["KSubset", "SubsetFamily"]
 
@@ -24,135 +24,6 @@ T = TypeVar("T")
 # Halvings of the interval in which the shift of the logits is sought: the expected number of chosen items is then close
 # enough to k for millions of items, so that it is k with a probability that is far from underflow.
 HALVINGS = 12
-
-
-def _halves(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The left and the right one of each pair of neighbouring runs: ``[a, runs, ...]`` -> ``[a, runs / 2, ...]``."""
-    return table[:, 0::2], table[:, 1::2]
-
-
-def _shifted_terms(x: Tensor, y: Tensor) -> Tensor:
-    """Terms ``x[i] y[t - i]`` of a product of polynomials: ``[a, ...]``, ``[c, ...]`` -> ``[a, a + c - 1, ...]``."""
-    a, c = len(x), len(y)
-    terms = x.unsqueeze(1) * torch.cat([y, y.new_zeros(a, *y.shape[1:])])  # [a, c + a, ...]
-    return terms.flatten(0, 1)[:-a].view(a, c + a - 1, *terms.shape[2:])
-
-
-def _add_product(result: Tensor, x: Tensor, y: Tensor) -> None:
-    for i, row in enumerate(x.unbind()[: len(result)]):
-        count = min(len(y), len(result) - i)
-        result[i : i + count].addcmul_(row, y[:count])
-
-
-def _add_correlation(result: Tensor, x: Tensor, y: Tensor) -> None:
-    for i, row in enumerate(y.unbind()[: len(x)]):
-        count = min(len(result), len(x) - i)
-        result[:count].addcmul_(row, x[i : i + count])
-
-
-# Three maps of tables, each linear in each of its halves or tensors, so that all their derivatives are among them. They
-# go row by row, which on a CPU is faster than all terms at once.
-
-
-class _Paired(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(table)
-        left, right = _halves(table)
-        result = table.new_zeros(size, *left.shape[1:])
-        _add_product(result, left, right)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (table,) = ctx.saved_tensors
-        return _outside(grad, table), None
-
-
-class _Joined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(x, table)
-        (left, right), (x_left, x_right) = _halves(table), _halves(x)
-        result = table.new_zeros(size, *left.shape[1:])
-        _add_product(result, x_left, right)
-        _add_product(result, x_right, left)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, table = ctx.saved_tensors
-        return _outside(grad, table), _outside(grad, x), None
-
-
-class _Outside(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, around: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(around, table)
-        result = torch.zeros_like(table)
-        (left, right), (to_left, to_right) = _halves(table), _halves(result)
-        _add_correlation(to_left, around, right)
-        _add_correlation(to_right, around, left)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        around, table = ctx.saved_tensors
-        return _joined(grad, table, len(around)), _outside(around, grad)
-
-
-def _by_formula(tensor: Tensor) -> bool:
-    """Whether few large operations are better than many small ones, or have to be."""
-    return tensor.device.type != "cpu" or not kernels_usable()
-
-
-def _paired(table: Tensor, size: int) -> Tensor:
-    """The first ``size`` coefficients of (left) (right), of each pair of runs.
-
-    Args:
-        table: ``[a, runs, ...]``.
-        size: At most 2 a - 1.
-
-    Returns:
-        ``[size, runs / 2, ...]``.
-    """
-    if _by_formula(table):
-        return _shifted_terms(*_halves(table))[:, :size].sum(0)
-    result: Tensor = _Paired.apply(table, size)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _joined(x: Tensor, table: Tensor, size: int) -> Tensor:
-    """The derivative of :func:`_paired` by the table, in the direction of x, a table too."""
-    if _by_formula(x):
-        (left, right), (x_left, x_right) = _halves(table), _halves(x)
-        return (_shifted_terms(x_left, right) + _shifted_terms(x_right, left))[:, :size].sum(0)
-    result: Tensor = _Joined.apply(x, table, size)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _outside(around: Tensor, table: Tensor) -> Tensor:
-    """The gradient by the table of ``(around * _paired(table)).sum()``: ``[a, runs, ...]``.
-
-    Where ``around`` has the probabilities of what is outside each pair, by the number of ones in the pair, these are
-    those of what is outside each run, by the number of ones in the run.
-
-    Args:
-        around: ``[size, runs / 2, ...]``.
-        table: ``[a, runs, ...]``.
-    """
-    if _by_formula(around):
-        a = len(table)
-        around = torch.cat([around, around.new_zeros(2 * a - 1 - len(around), *around.shape[1:])])
-        sides = [_shifted_terms(around, half.flip(0))[:, a - 1 : 2 * a - 1].sum(0) for half in reversed(_halves(table))]
-        return torch.stack(sides, 2).flatten(1, 2)
-    result: Tensor = _Outside.apply(around, table)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _without_specks(table: Tensor) -> Tensor:
-    """Numbers whose products would underflow, as zeros: a CPU takes a hundred times as long over denormal numbers."""
-    return functional.hardshrink(table, torch.finfo(table.dtype).tiny ** 0.5)
 
 
 class _Lazy(Generic[T]):
@@ -254,14 +125,14 @@ class KSubset(Distribution):
     def _tables(self) -> list[Tensor]:
         """Probabilities of 0, 1, ..., k ones among each run of 1, 2, 4, ... bits: ``[min(bits, k) + 1, runs, ...]``."""
         x = self._shifted
-        tables = [_without_specks(torch.stack([(-x).sigmoid(), x.sigmoid()]))]
+        tables = [without_specks(torch.stack([(-x).sigmoid(), x.sigmoid()]))]
         empty = 2 ** (len(x) - 1).bit_length() - len(x)
         if empty:  # bits that are 0
             zero = torch.zeros_like(x[:1]).expand(empty, *x.shape[1:])
             tables = [torch.cat([tables[0], torch.stack([zero + 1, zero])], 1)]
         while tables[-1].shape[1] > 1:
             table = tables[-1]
-            tables.append(_without_specks(_paired(table, min(2 * len(table) - 1, self.size + 1))))
+            tables.append(without_specks(paired(table, min(2 * len(table) - 1, self.size + 1))))
         return tables
 
     @property
@@ -282,10 +153,10 @@ class KSubset(Distribution):
         # the probability of what is outside a run, by the number that is chosen inside, over that of k in all
         certain = torch.zeros_like(root)
         certain[self.size] = 1.0
-        outside = certain / root[self.size]
+        around = certain / root[self.size]
         for table in reversed(tables[:-1]):
-            outside = _without_specks(_outside(outside, table))
-        inside = outside[1] * tables[0][1]
+            around = without_specks(outside(around, table))
+        inside = around[1] * tables[0][1]
         return inside[: len(self._shifted)].movedim(0, -1).to(self.logits.dtype)
 
     @property
@@ -308,7 +179,7 @@ class KSubset(Distribution):
         tables = [table.detach() for table in self._tables]
         chosen = torch.full((draws, *tables[-1].shape[1:]), self.size, device=self.logits.device)  # [S, runs, ...]
         for table in reversed(tables[:-1]):
-            left, right = _halves(table)
+            left, right = halves(table)
             number = torch.arange(len(table), device=chosen.device).view(-1, *[1] * right.dim())
             rest = (chosen - number).movedim(0, 1)  # in the right half, where the left one has that number: [S, a, ...]
             possible = (rest >= 0) & (rest < len(table))

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Categorical, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
-from stochastic_layers import subsets as subsets_module
+from stochastic_layers import run_tables
 from stochastic_layers.diagnostics import gradient_statistics
 from stochastic_layers.families import create_family
 from stochastic_layers.registry import layer_class
@@ -184,11 +184,11 @@ def test_sums_over_pairs_and_their_derivatives_are_those_of_the_written_out_prod
     leaf = table.clone().requires_grad_()
 
     def results():
-        total = (around * subsets_module._paired(leaf, size)).sum()
+        total = (around * run_tables.paired(leaf, size)).sum()
         return (
-            subsets_module._paired(table, size),
-            subsets_module._joined(x, table, size),
-            subsets_module._outside(around, table),
+            run_tables.paired(table, size),
+            run_tables.joined(x, table, size),
+            run_tables.outside(around, table),
             torch.autograd.grad(total, leaf)[0],
         )
 
@@ -197,7 +197,7 @@ def test_sums_over_pairs_and_their_derivatives_are_those_of_the_written_out_prod
     torch.testing.assert_close(row_by_row[1], joined[:size])
     torch.testing.assert_close(row_by_row[2], row_by_row[3])
     torch.testing.assert_close((row_by_row[2] * x).sum(), (around * joined[:size]).sum())
-    monkeypatch.setattr(subsets_module, "_by_formula", lambda tensor: True)
+    monkeypatch.setattr(run_tables, "_by_formula", lambda tensor: True)
     torch.testing.assert_close(results(), row_by_row)
 
 
