@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 import wandb
@@ -122,6 +123,17 @@ def test_test_and_predict_take_a_checkpoint(run, capsys):
 def test_codes_of_several_processes_are_refused():
     with pytest.raises(ValueError, match=r"needed one process to predict.*got 2; set --trainer.devices=1"):
         LatentCodes().setup(SimpleNamespace(world_size=2), VAE(), "predict")
+
+
+def test_a_second_prediction_does_not_hold_the_codes_of_the_first(tmp_path):
+    model, data, codes = VAE("straight_through", {"latent_dim": 4}), Digits(), LatentCodes()
+    run = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path, callbacks=[codes]
+    )
+    for _ in range(2):
+        run.predict(model, data, return_predictions=False)
+        (file,) = tmp_path.rglob("codes.pt")
+        assert torch.load(file).shape == (360, 4)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")

@@ -32,6 +32,9 @@ class LatentCodes(Callback):
                 "set --trainer.devices=1."
             )
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._codes = []
+
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
