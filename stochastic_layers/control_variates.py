@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from stochastic_layers.baselines import RunningMean, as_of_now, create_baseline, mean_over_all_ranks
 from stochastic_layers.families import CategoricalFamily, Family
@@ -17,9 +18,9 @@ from stochastic_layers.subsets import SubsetFamily
 __all__ = ["NVIL", "CostMoments", "MuProp", "RelativeVariance"]
 
 
-def mean_point(family: Family, params: Tensor) -> Tensor:
-    """E_q[z] ``[*batch, out_features]`` of a discrete family, detached: the probabilities."""
-    return family.distribution(params.detach()).mean.flatten(params.dim() - 1)
+def mean_point(q: Distribution, params: Tensor) -> Tensor:
+    """E_q[z] ``[*batch, out_features]`` of the discrete law of params, detached: the probabilities."""
+    return q.mean.detach().flatten(params.dim() - 1)
 
 
 def covariance_product(family: Family, params: Tensor, mean: Tensor, vector: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ class MuProp(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.family.distribution(params)
-        mean, draws = mean_point(self.family, params), self.num_samples
+        mean, draws = mean_point(q, params), self.num_samples
         hard = self.family.sample(q, draws)
         points = differentiable_points(torch.cat([hard, mean.unsqueeze(0)]), params)
 

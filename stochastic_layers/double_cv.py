@@ -127,7 +127,7 @@ class DoubleControlVariate(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.family.distribution(params)
-        mean = mean_point(self.family, params)
+        mean = mean_point(q, params)
         points = differentiable_points(self.family.sample(q, self.num_samples), params)
         coefficients = self.coefficients()
 

@@ -178,7 +178,8 @@ class Rebar(TemperedLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         family, draws = self.family, self.num_samples
-        q, mean = family.distribution(params), mean_point(family, params)
+        q = family.distribution(params)
+        mean = mean_point(q, params)
         hard, scores, slope = couple(family, params, draws)
         relaxed = relax(family, scores.flatten(0, 1), self.temperature.to(params.dtype))  # [2S, ...], with graph to tau
         points = differentiable_points(torch.cat([hard, relaxed]), params)

@@ -125,7 +125,8 @@ class Relax(TemperedLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         family, draws = self.family, self.num_samples
-        q, mean = family.distribution(params), mean_point(family, params)
+        q = family.distribution(params)
+        mean = mean_point(q, params)
         context = (params if context is None else context).detach()
         if context.shape[-1] != self.context_features:
             raise ValueError(

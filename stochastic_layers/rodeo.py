@@ -139,7 +139,7 @@ class Rodeo(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.family.distribution(params)
-        mean = mean_point(self.family, params)
+        mean = mean_point(q, params)
         points = differentiable_points(self.family.sample(q, self.num_samples), params)
         coefficients, level, spread = self.coefficients(), self.moments.mean, self.moments.std
 
