@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stochastic_layers.auxiliary import kernels_usable
 
-__all__ = ["halves", "joined", "outside", "paired", "without_specks"]
+__all__ = ["halves", "joined", "outside", "paired"]
 
 
 def halves(table: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +135,3 @@ def outside(around: Tensor, table: Tensor) -> Tensor:
         return torch.stack(sides, 2).flatten(1, 2)
     result: Tensor = _Outside.apply(around, table)  # type: ignore[no-untyped-call]
     return result
-
-
-def without_specks(table: Tensor) -> Tensor:
-    """Numbers whose products would underflow, as zeros: a CPU takes a hundred times as long over denormal numbers."""
-    return functional.hardshrink(table, torch.finfo(table.dtype).tiny ** 0.5)

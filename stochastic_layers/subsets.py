@@ -15,7 +15,7 @@ from torch.nn import functional
 from stochastic_layers.families import ChoiceFamily, register_family
 from stochastic_layers.noise import double_uniform
 from stochastic_layers.options import check_positive_int
-from stochastic_layers.run_tables import halves, outside, paired, without_specks
+from stochastic_layers.run_tables import halves, outside, paired
 
 __all__ = ["KSubset", "SubsetFamily"]
 
@@ -70,7 +70,7 @@ class KSubset(Distribution):
     A shift of all logits changes nothing. It is chosen such that k independent bits are expected to be 1; then the
     number of ones among runs of 1, 2, 4, ... items has a law that is made of those of their halves by products of
     polynomials with positive coefficients, in float64: no logarithm, no cancellation, and nothing underflows whose
-    probability is above 1e-150. Work and memory are of the order of n k, in log2(n) steps. A draw goes down the same
+    probability is above 1e-300. Work and memory are of the order of n k, in log2(n) steps. A draw goes down the same
     tree, and splits the number of chosen items of each run between its halves.
 
     Args:
@@ -125,14 +125,14 @@ class KSubset(Distribution):
     def _tables(self) -> list[Tensor]:
         """Probabilities of 0, 1, ..., k ones among each run of 1, 2, 4, ... bits: ``[min(bits, k) + 1, runs, ...]``."""
         x = self._shifted
-        tables = [without_specks(torch.stack([(-x).sigmoid(), x.sigmoid()]))]
+        tables = [torch.stack([(-x).sigmoid(), x.sigmoid()])]
         empty = 2 ** (len(x) - 1).bit_length() - len(x)
         if empty:  # bits that are 0
             zero = torch.zeros_like(x[:1]).expand(empty, *x.shape[1:])
             tables = [torch.cat([tables[0], torch.stack([zero + 1, zero])], 1)]
         while tables[-1].shape[1] > 1:
             table = tables[-1]
-            tables.append(without_specks(paired(table, min(2 * len(table) - 1, self.size + 1))))
+            tables.append(paired(table, min(2 * len(table) - 1, self.size + 1)))
         return tables
 
     @property
@@ -155,7 +155,7 @@ class KSubset(Distribution):
         certain[self.size] = 1.0
         around = certain / root[self.size]
         for table in reversed(tables[:-1]):
-            around = without_specks(outside(around, table))
+            around = outside(around, table)
         inside = around[1] * tables[0][1]
         return inside[: len(self._shifted)].movedim(0, -1).to(self.logits.dtype)
 
