@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -11,6 +12,8 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.nn import functional as F
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "DiscretizedLogistic", "GaussianLikelihood", "Likelihood"]
+
+MIN_SCALE = 1e-4  # of a Gaussian: below it the density of data in [0, 1] has no meaning in float32
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -81,22 +84,22 @@ class GaussianLikelihood(Likelihood):
     """Independent normals around the decoder's output, with one learned scale.
 
     Args:
-        initial_scale: The scale at the start, positive.
+        initial_scale: The scale at the start; no scale is taken to be less than 1e-4.
 
     Raises:
-        ValueError: ``initial_scale`` is not positive.
+        ValueError: ``initial_scale`` is infinite, or less than 1e-4.
     """
 
     name = "gaussian"
 
     def __init__(self, initial_scale: float = 0.3) -> None:
         super().__init__()
-        if not initial_scale > 0:
-            raise ValueError(f"needed initial_scale > 0, got {initial_scale}.")
+        if not MIN_SCALE <= initial_scale < math.inf:
+            raise ValueError(f"needed a finite initial_scale >= {MIN_SCALE:g}, got {initial_scale}.")
         self.log_scale = nn.Parameter(torch.tensor([initial_scale]).log())
 
     def distribution(self, output: Tensor) -> Distribution:
-        return Normal(output, at_least_float32(self.log_scale).exp().clamp_min(1e-4), validate_args=False)
+        return Normal(output, at_least_float32(self.log_scale).exp().clamp_min(MIN_SCALE), validate_args=False)
 
 
 class CategoricalLikelihood(Likelihood):
@@ -170,10 +173,14 @@ class DiscretizedLogistic(Likelihood):
         half = 0.5 / (self.num_levels - 1)
         precision = (-log_scale).exp()
         upper, lower = (x + half - loc) * precision, (x - half - loc) * precision
-        # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - e^(l - u)), without cancellation
-        inner = F.logsigmoid(upper) + F.logsigmoid(-lower) + (-torch.expm1(lower - upper)).log()
+        # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - e^(l - u)), without cancellation: the
+        # width u - l is known, while the difference of u and l has the rounding of both
+        inner = F.logsigmoid(upper) + F.logsigmoid(-lower) + (-torch.expm1(-2 * half * precision)).log()
         first, last = F.logsigmoid(upper), F.logsigmoid(-lower)
         return torch.where(x <= half, first, torch.where(x >= 1 - half, last, inner))
 
     def mean(self, output: Tensor) -> Tensor:
-        return self._loc_and_log_scale(output)[0]
+        """Mean of the logistic variable with what is outside [0, 1] moved to the ends: before it is put into bins."""
+        loc, log_scale = self._loc_and_log_scale(output)
+        scale = log_scale.exp()
+        return scale * (F.softplus(loc / scale) - F.softplus((loc - 1) / scale))
