@@ -173,8 +173,8 @@ class DiscretizedLogistic(Likelihood):
         half = 0.5 / (self.num_levels - 1)
         precision = (-log_scale).exp()
         upper, lower = (x + half - loc) * precision, (x - half - loc) * precision
-        # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - e^(l - u)), without cancellation: the
-        # width u - l is known, while the difference of u and l has the rounding of both
+        # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - e^(l - u)), without cancellation:
+        # u - l is known, while a difference of u and l has the rounding of both
         inner = F.logsigmoid(upper) + F.logsigmoid(-lower) + (-torch.expm1(-2 * half * precision)).log()
         first, last = F.logsigmoid(upper), F.logsigmoid(-lower)
         return torch.where(x <= half, first, torch.where(x >= 1 - half, last, inner))
