@@ -107,7 +107,8 @@ class LowRankGaussianFamily(_MultivariateGaussian):
         super().check(params, low, high)
         if low < -30 or high > 1000:  # cheap: the exact look is needed only then
             _, log_variance, factor = self.split(params)
-            reach = 2 * float(factor.abs().max().log()) - float(log_variance.min()) + math.log(self.latent_dim)
+            ratio = 2 * factor.abs().amax(-1).log() - log_variance.amin(-1)  # of each example
+            reach = float(ratio.max()) + math.log(self.latent_dim)
             if reach > MAX_LOG_VARIANCE:
                 raise ValueError(
                     f"needed factor^2 / variance below exp({MAX_LOG_VARIANCE:g}) for family {self.name!r}, got "
@@ -122,6 +123,18 @@ class LowRankGaussianFamily(_MultivariateGaussian):
         loc, log_variance, factor = self.split(params)
         factor = factor.reshape(*factor.shape[:-1], self.latent_dim, self.rank)
         return LowRankMultivariateNormal(loc, factor, log_variance.exp(), validate_args=False)
+
+    def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
+        if not isinstance(q, LowRankMultivariateNormal) or not z.numel():  # the prior, or an empty batch
+            return super().log_prob(q, z)
+        # x^T (D + W W^T)^-1 x = min_y |(x - W y) / sqrt(D)|^2 + |y|^2: squares, where torch takes the difference of two
+        # numbers of the size of W^2 / D, which in float32 leaves nothing of log q at 1e7
+        factor, diagonal, tril, x = q.cov_factor, q.cov_diag, q._capacitance_tril, (z - q.loc).unsqueeze(-1)
+        y = torch.cholesky_solve(factor.mT @ (x / diagonal.unsqueeze(-1)), tril.expand(*x.shape[:-2], -1, -1))
+        distance = ((x - factor @ y).squeeze(-1).square() / diagonal).sum(-1) + y.square().sum((-2, -1))
+        log_det = diagonal.log().sum(-1) + 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        result: Tensor = -0.5 * (distance + log_det + self.latent_dim * math.log(2 * math.pi))
+        return result
 
     def rsample(self, q: Distribution, num_samples: int) -> Tensor:
         assert isinstance(q, LowRankMultivariateNormal)

@@ -113,6 +113,37 @@ def _log_normalizer_of_sphere(kappa):
     return math.log(2 * math.pi) + (kappa + 1) * math.log(2) - (kappa + 1).log()
 
 
+def positive(raw):
+    return (1 + raw.exp()).log() + 0.1
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gaussian_full"])  # that one has a test of its triangle
+def test_params_are_read_as_documented(family):
+    layer = build(family)
+    params = params_of(layer, batch=())
+    b, (a, *rest) = law(layer.distribution(params)), params.split(2 if len(params) > 3 else 3)
+    found, expected = {
+        "gaussian": lambda: ((b.mean, b.variance), (a, rest[0].exp())),
+        "gaussian_low_rank": lambda: (
+            (b.mean, b.covariance_matrix),
+            (a, rest[0].exp().diag() + torch.outer(rest[1], rest[1])),
+        ),
+        "laplace": lambda: ((b.loc, b.scale), (a, rest[0].exp())),
+        "logistic": lambda: ((b.mean, b.variance), (a, (math.pi * rest[0].exp()).square() / 3)),
+        "student_t": lambda: ((b.loc, b.scale, b.df), (a, rest[0].exp(), 2 + positive(rest[1]))),
+        "log_normal": lambda: ((b.loc, b.scale.square()), (a, rest[0].exp())),
+        "gamma": lambda: ((b.concentration, b.rate), (positive(a), rest[0].exp())),
+        "beta": lambda: ((b.concentration1, b.concentration0), (positive(a), positive(rest[0]))),
+        "kumaraswamy": lambda: ((b.concentration1, b.concentration0), (positive(a), positive(rest[0]))),
+        "dirichlet": lambda: ((b.concentration,), (positive(params).unsqueeze(0),)),
+        "power_spherical": lambda: (
+            (b.loc, b.concentration),
+            (params[:3] / params[:3].norm(), positive(params[3])),
+        ),
+    }[family]()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_density_integrates_to_one(family):
     layer = build(family)

@@ -67,8 +67,8 @@ def test_unequal_shards_and_batches_join_to_the_value_of_all_data_at_once(name):
     at_once = make(**options)
     update(at_once, rows)
     ranks = [make(**options) for _ in range(3)]
-    for rank, (start, stop) in zip(ranks, ((0, 2), (2, 2), (2, N)), strict=True):  # the second rank has no data
-        for first in range(start, stop, 4):
+    for rank, (start, stop) in zip(ranks, ((0, 2), (2, 2), (2, N)), strict=True):  # the second rank has an empty batch
+        for first in range(start, max(stop, start + 1), 4):
             update(rank, tuple(r[first : min(first + 4, stop)] for r in rows))
     torch.testing.assert_close(vectors(join(ranks)), vectors(at_once), rtol=1e-12, atol=1e-14)
     assert not torch.allclose(vectors(ranks[0]), vectors(at_once))  # the shards do differ
@@ -156,6 +156,9 @@ def test_a_unit_of_several_coordinates_is_active_by_the_sum_of_their_variances()
     metric = ActiveUnits(2, unit_size=3)
     metric.update(means)
     assert int(metric.compute()) == 1
+    strict = ActiveUnits(2, unit_size=3, threshold=0.0)
+    strict.update(means)
+    assert int(strict.compute()) == 1  # a unit that does not vary is not active whatever the threshold
     torch.testing.assert_close(metric.variances(), torch.tensor([0.0, 0.0192]).double(), rtol=1e-6, atol=1e-9)
 
 
@@ -172,6 +175,13 @@ def test_perplexity_of_codes_is_that_of_the_layer_and_soft_shares_are_averaged()
     entropy = -(0.25 * math.log(0.25) * 2 + 0.5 * math.log(0.5))
     assert float(soft.compute()) == pytest.approx(math.exp(entropy))
     assert float(soft.usage()) == 0.75
+
+
+def test_perplexity_is_that_of_each_variable_averaged():
+    metric = CodePerplexity(8, num_variables=2)
+    metric.update(torch.stack([torch.arange(4), torch.full((4,), 7)], -1))  # four codes of one, one of the other
+    assert float(metric.compute()) == pytest.approx((4 + 1) / 2)
+    assert metric.frequencies()[1].tolist() == [0.0] * 7 + [1.0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pathwise layers: the gradient is that of the integral, for every family, shape and size of params."""
 
+import copy
 import math
 
 import pytest
@@ -129,6 +130,25 @@ def test_rank_is_an_option_of_the_family():
         create_family({"name": "laplace", "rank": 2}, 4)
     with pytest.raises(ValueError, match="supports the families"):
         sl.create("pathwise", latent_dim=4, family={"name": "gausian"})
+
+
+def test_low_rank_density_keeps_its_digits_where_the_factor_is_far_above_the_diagonal():
+    layer = sl.create("pathwise", latent_dim=5, family={"name": "gaussian_low_rank", "rank": 2}, num_samples=3)
+    params = torch.randn(20, layer.in_features)
+    params[:, 5:10] -= 14  # deviations of 1e-3 beside a factor of size 1
+    sample = layer.sample(params)
+    q = copy.deepcopy(layer).double().distribution(params.double())
+    exact = torch.distributions.MultivariateNormal(q.mean, q.covariance_matrix).log_prob(sample.z.double())
+    torch.testing.assert_close(sample.log_prob.double(), exact, rtol=0, atol=0.01)
+    assert float((sample.q.log_prob(sample.z) - exact).abs().max()) > 1  # as torch computes it
+
+
+def test_low_rank_overflow_is_looked_for_example_by_example():
+    layer = sl.create("pathwise", latent_dim=1, family="gaussian_low_rank")
+    large, small = torch.tensor([0.0, 0.0, 1e10]), torch.tensor([0.0, -40.0, 1.0])
+    assert bool(torch.isfinite(layer.sample(torch.stack([large, small])).log_prob).all())
+    with pytest.raises(ValueError, match="the inverse covariance overflows"):
+        layer.sample(torch.tensor([0.0, -40.0, 1e10]))
 
 
 def test_parts_may_be_passed_one_by_one():
