@@ -13,7 +13,7 @@ from torch import Tensor
 from stochastic_layers.layer import StochasticLayer
 from stochastic_layers.preserved import preserved
 from stochastic_layers.redraws import MAX_BYTES, CostOfSample, Moments, redraw
-from stochastic_layers.reference import MAX_OUTCOMES, Reference, ReferenceKind, gradient_reference
+from stochastic_layers.reference import MAX_OUTCOMES, Reference, ReferenceKind, fewer_groups, gradient_reference
 
 __all__ = [
     "GradientStatistics",
@@ -147,9 +147,9 @@ class GradientStatistics:
         return self.total_variance * self.seconds
 
     def _squared_bias(self) -> tuple[float, float]:
-        groups = self._measured.groups
-        count = len(groups)
-        deviations = (groups - self._reference.in_groups(count)).flatten(1)
+        groups, reference = self._measured.groups, self._reference
+        count = len(groups) if reference.groups is None else min(len(groups), len(reference.groups))
+        deviations = (fewer_groups(groups, count) - reference.in_groups(count)).flatten(1)
         products = deviations @ deviations.T  # of different groups: the expectation is |bias|^2
         own, rows = products.diagonal(), products.sum(1)
         total = products.sum()

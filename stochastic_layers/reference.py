@@ -47,9 +47,12 @@ class Reference:
 
     def in_groups(self, count: int) -> Tensor:
         """Means of ``count`` independent groups, or the one gradient where it has no error."""
-        if self.groups is None:
-            return self.gradient.unsqueeze(0)
-        return torch.stack([part.mean(0) for part in self.groups.tensor_split(count)])
+        return self.gradient.unsqueeze(0) if self.groups is None else fewer_groups(self.groups, count)
+
+
+def fewer_groups(groups: Tensor, count: int) -> Tensor:
+    """Means of independent groups ``[G, ...]`` joined to ``count <= G`` of them."""
+    return torch.stack([part.mean(0) for part in groups.tensor_split(count)])
 
 
 def gradient_reference(

@@ -1,12 +1,17 @@
 """Gradient statistics against brute force, exact references and averages, memory, summaries."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from diagnosed_layers import BUILDABLE, DISCRETE, problem
 from torch import nn
 
 import stochastic_layers as sl
-from stochastic_layers.diagnostics import GradientStatistics, gradient_reference, gradient_statistics
+from stochastic_layers import redraws
+from stochastic_layers.diagnostics import GradientStatistics, Reference, gradient_reference, gradient_statistics
+from stochastic_layers.redraws import Moments
 from stochastic_layers.testing import PolynomialCost, exact_value
 
 
@@ -112,7 +117,7 @@ def test_an_exact_layer_is_as_far_off_as_the_reference_that_it_is_given():
     assert found.mse == pytest.approx(norm**2 / 2)
     assert found.cosine == pytest.approx(float((exact * (exact + shift)).sum() / exact.norm()) / size)
     nothing = gradient_statistics(layer, params, cost_fn, num_draws=8, reference=torch.zeros_like(exact))
-    assert nothing.relative_bias == (float("inf"), float("inf"))
+    assert nothing.relative_bias == (float("inf"), float("inf")) and nothing.cosine == 0.0
 
 
 @pytest.mark.parametrize("name", ["disarm", "straight_through", "carms"])
@@ -132,6 +137,52 @@ def test_bias_has_the_stated_error(name):
     assert abs(float(values.mean()) - truth**2) < 5 * float(values.std()) / 60**0.5 + 1e-3
 
 
+def test_norm_of_the_bias_is_debiased_and_its_error_that_of_a_jackknife():
+    groups, gradient = torch.randn(7, 2, 3, dtype=torch.float64) + 1, torch.randn(2, 3, dtype=torch.float64)
+    moments = Moments(groups.mean(0), groups.var(0), groups, 7, None, 1, 0.0, 1e-3)
+    found = GradientStatistics(moments.mean, moments.variance, 7, Reference.given(gradient), moments)
+
+    def square(rows):  # over all pairs of different groups, of one of two examples
+        pairs = itertools.permutations((rows - gradient).flatten(1), 2)
+        return torch.stack([a @ b for a, b in pairs]).mean() / 2
+
+    without = torch.stack([square(torch.cat([groups[:g], groups[g + 1 :]])) for g in range(7)])
+    error = (6 / 7 * (without - without.mean()).square().sum()).sqrt()
+    norm = square(groups).sqrt()
+    rounding = 16 * 1e-3 * gradient.norm() / 2**0.5
+    assert found.bias_norm == pytest.approx((float(norm), float((norm**2 + error).sqrt() - norm + rounding)))
+
+
+@pytest.mark.parametrize("name", ["disarm", "straight_through"])
+def test_the_error_of_a_long_average_is_no_bias(name):
+    """Squared bias, mean squared error and size of the reference, over many short averages: as with the exact one."""
+    layer, params, cost_fn, exact = discrete_problem(name)
+    truth, rows = gradient_statistics(layer, params, cost_fn, num_draws=40_000), []
+    for seed in range(100):
+        torch.manual_seed(seed)
+        found = gradient_statistics(layer, params, cost_fn, num_draws=64, reference="average", reference_draws=8)
+        size = (found.bias_norm[1] / found.relative_bias[1]) ** 2
+        rows.append([found._squared_bias()[0], found.mse, size])
+    values = torch.tensor(rows)
+    noise = float(found.reference.variance.sum()) / 2  # what would be taken for a bias
+    for value, true in zip(
+        values.T, (truth.bias_norm[0] ** 2, truth.mse, float(exact.square().sum()) / 2), strict=True
+    ):
+        error = float(value.std()) / 10
+        assert abs(float(value.mean()) - true) < 4 * error < 0.8 * noise
+
+
+def test_an_example_is_a_row_of_the_first_batch_dimension():
+    for shape, total in (((4,), 4.0), ((2, 4), 4.0), ((2, 3, 4), 12.0)):
+        assert GradientStatistics(torch.ones(shape), torch.ones(shape), 10).total_variance == total
+
+
+def test_two_redraws_know_no_error_of_their_bias():
+    layer, params, cost_fn, exact = discrete_problem("reinforce")
+    found = gradient_statistics(layer, params, cost_fn, num_draws=2, reference=exact)
+    assert found.bias_norm[1] == math.inf
+
+
 # ---- the reference --------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +191,20 @@ def test_an_exact_reference_does_not_depend_on_how_outcomes_are_cut(monkeypatch)
     for max_bytes in (1, 5000, 2**28):
         found = gradient_reference(layer, params, lambda s: cost_fn(s.z), kind="exact", max_bytes=max_bytes)
         torch.testing.assert_close(found.gradient, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_the_largest_number_of_outcomes_is_still_enumerated():
+    layer, params, cost_fn, _ = discrete_problem("reinforce")
+    for limit, kind in ((8, "exact"), (7, "average")):
+        found = gradient_reference(layer, params, lambda s: cost_fn(s.z), max_outcomes=limit, num_draws=2)
+        assert found.kind == kind
+
+
+def test_an_exact_reference_does_not_drown_in_a_large_constant():
+    layer, params, cost_fn, exact = discrete_problem("reinforce")
+    single = params.float()
+    found = gradient_reference(layer, single, lambda s: cost_fn(s.z.double()) + 1e8, kind="exact")
+    torch.testing.assert_close(found.gradient, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cost_that_sums_batch_dimensions_is_enumerated_jointly():
@@ -235,6 +300,21 @@ def test_evaluations_and_time_are_counted():
     assert found.evaluations == 8 and found.seconds > 0 and found.variance_time == found.total_variance * found.seconds
 
 
+def test_the_first_pass_warms_up_and_is_not_timed(monkeypatch):
+    clock = iter([0, 100, 100, 108, 108, 112])  # passes of 4, 4 and 2 redraws
+    monkeypatch.setattr(redraws, "_now", lambda params: next(clock))
+    layer, params, cost_fn, _ = discrete_problem("reinforce")
+    found = gradient_statistics(layer, params, cost_fn, num_draws=10, chunk_size=4, reference=None)
+    assert found.seconds == 12 / 6
+
+
+def test_saved_bytes_are_those_of_each_tensor_once_and_not_of_parameters():
+    network, x = nn.Linear(100, 2), torch.randn(8, 100, requires_grad=True) + 0  # 3200 bytes, of no leaf
+    with redraws.SavedBytes() as saved:
+        _ = network(x), x * x
+    assert saved.total == 3200
+
+
 def planted_draws(monkeypatch, layer, seed=0):
     """Make the layer take its draws from a fixed table, in order, however the redraws are cut into chunks."""
     rows = torch.rand(1000, 2, layer.latent_dim, generator=torch.Generator().manual_seed(seed)).round().double()
@@ -261,6 +341,11 @@ def test_chunks_do_not_change_the_result(monkeypatch, chunk_size):
     gradients = cost_fn(rows).detach().unsqueeze(-1) * (rows - params.sigmoid())
     torch.testing.assert_close(statistics.mean, gradients.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(statistics.variance, gradients.var(0), rtol=1e-12, atol=1e-12)
+    groups = torch.stack([gradients[group::16].mean(0) for group in range(16)])
+    torch.testing.assert_close(statistics.moments.groups, groups, rtol=1e-12, atol=1e-12)
+    errors = (gradients - statistics.reference.gradient).square().sum((1, 2)) / 2  # of one of two examples
+    assert statistics.mse == pytest.approx(float(errors.mean()), rel=1e-12)
+    assert statistics.evaluations == 1
 
 
 def test_enumeration_has_no_variance_and_the_exact_mean():
