@@ -105,6 +105,15 @@ def test_gradient_is_that_of_the_weighted_kl():
     check_gradients(model, x, exact_gradients(model, -exact_elbo(model, x, beta=0.3)))
 
 
+def test_the_kl_is_warmed_up():
+    losses = []
+    for objective in (ELBO(kl_warmup_steps=10), ELBO(beta=0.0), ELBO()):
+        model, x = hierarchy([LOO, GAUSSIAN], objective=objective)
+        torch.manual_seed(0)
+        losses.append(model.loss(model.terms(x.unsqueeze(0))))
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])  # at the first step
+
+
 def test_straight_through_is_exact_where_the_cost_is_linear():
     """A Gaussian likelihood around W z + b with large b and tiny W is linear in z but for 1e-8 of it."""
     layers = [{"name": "straight_through", "latent_dim": 2}, {"name": "straight_through", "latent_dim": 2}]

@@ -88,7 +88,8 @@ def test_scoring_leaves_no_trace():
     model.loss(model.terms(x)).mean().backward()
     tensors = [torch.get_rng_state(), *model.state_dict().values(), *(p.grad for p in model.parameters())]
     before = [t.clone() for t in tensors]
-    score_layers(model, x, [model.layer, layer, "rebar"], num_draws=4)
+    scores = score_layers(model, x, [model.layer, layer, "rebar"], num_draws=4)
+    assert len(scores) == 3 and not scores.refused
     tensors = [torch.get_rng_state(), *model.state_dict().values(), *(p.grad for p in model.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
     assert model.training and not layer.training
@@ -99,6 +100,14 @@ def test_a_model_is_scored_with_its_own_layer_and_all_that_fit():
     scores = score_layers(model, x, num_draws=2)
     assert [s.name for s in scores] == ["vq"] and scores[0].reference == "none" and scores[0].bias is None
     assert "another one at the same params" in scores.refused["rotation_trick"]  # whose codebook is another
+
+
+def test_options_of_the_family_are_those_of_the_model_and_baselines_see_the_data():
+    family = {"name": "subset", "size": 3}
+    model, x = model_and_data("straight_through", {"latent_dim": 1, "num_categories": 5, "family": family})
+    layers = {"a": {"name": "reinforce", "baseline": {"name": "learned", "context_features": 64}}, "leave_one_out": {}}
+    scores = score_layers(model, x, layers, num_draws=2)
+    assert len(scores) == 2 and not scores.refused
 
 
 def test_layers_that_do_not_fit_are_refused_with_the_reason():
