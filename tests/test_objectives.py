@@ -209,6 +209,14 @@ def test_gradient_of_the_decoder_is_the_same_on_the_same_draws():
         torch.testing.assert_close(sampled(model, x, objective)[1][encoder:], pathwise)
 
 
+def test_dreg_of_one_draw_is_sticking_the_landing_with_latents_at_every_position():
+    networks = {"encoder": torch.nn.Conv2d(1, 6, 2, 2), "decoder": torch.nn.ConvTranspose2d(3, 1, 2, 2)}
+    model = VAE("gaussian", {"latent_dim": 3}, data_shape=(1, 4, 4), **networks).double()
+    x = torch.rand(1, 4, 4, dtype=torch.float64).round()
+    for a, b in zip(sampled(model, x, IWAE("dreg")), sampled(model, x, IWAE("stl")), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_weights_of_enormous_spread_give_finite_gradients():
     model, x = discrete_model("elbo", 3)
     with torch.no_grad():
@@ -222,6 +230,7 @@ def test_weights_of_enormous_spread_give_finite_gradients():
     ("layer", "options", "objective", "advice"),
     [
         ("reinforce", {}, IWAE(), "gradient='vimco' or 'ovis'"),
+        ("rodeo", {}, IWAE(), "gradient='vimco' or 'ovis'"),
         ("straight_through", {"num_samples": 4}, IWAE("dreg"), "gradient='vimco' or 'ovis'"),
         ("gumbel_softmax", {"num_categories": 3}, IWAE("vimco"), "layer='reinforce'"),
         ("gumbel_softmax", {"num_categories": 3}, IWAE(), "layer='gaussian'"),
