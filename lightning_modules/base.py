@@ -288,6 +288,11 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
                 "the Bernoulli likelihood got data other than 0 and 1: its ELBO is then no bound of a log-likelihood. "
                 "Binarize the data, or use likelihood='categorical', 'gaussian' or 'discretized_logistic'."
             )
+        if self.likelihood.unit_interval and not float((x - 0.5).abs().max()) <= 0.501:
+            raise ValueError(
+                f"needed data from 0 to 1 for likelihood {self.likelihood.name!r}, got from {float(x.min()):.3g} to "
+                f"{float(x.max()):.3g}; divide 8-bit data by 255, or use likelihood='gaussian'."
+            )
 
     def on_fit_start(self) -> None:
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")

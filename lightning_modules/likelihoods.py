@@ -28,12 +28,14 @@ class Likelihood(nn.Module, ABC):
         outputs_per_value: Number P of decoder outputs for each value of the data.
         event_dims: Number of dimensions of one example, C included; a model sets it to that of its data.
         binary: Whether only data in {0, 1} makes the ELBO a bound.
+        unit_interval: Whether data are levels of [0, 1], to which they are rounded.
     """
 
     name: ClassVar[str]
     outputs_per_value: int = 1
     event_dims: int = 3
     binary: ClassVar[bool] = False
+    unit_interval: ClassVar[bool] = False
 
     @abstractmethod
     def distribution(self, output: Tensor) -> Distribution:
@@ -113,6 +115,7 @@ class CategoricalLikelihood(Likelihood):
     """
 
     name = "categorical"
+    unit_interval = True
 
     def __init__(self, num_levels: int = 256) -> None:
         super().__init__()
@@ -146,6 +149,7 @@ class DiscretizedLogistic(Likelihood):
     """
 
     name = "discretized_logistic"
+    unit_interval = True
     outputs_per_value = 2
 
     def __init__(self, num_levels: int = 256) -> None:

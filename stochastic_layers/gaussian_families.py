@@ -74,7 +74,8 @@ class FullGaussianFamily(_MultivariateGaussian):
         return MultivariateNormal(loc, scale_tril=factor, validate_args=False)
 
     def rsample(self, q: Distribution, num_samples: int) -> Tensor:
-        assert isinstance(q, MultivariateNormal)
+        if not isinstance(q, MultivariateNormal):  # the prior
+            return super().rsample(q, num_samples)
         noise = normal((num_samples, *q.loc.shape, 1), q.loc)
         return q.loc + (q.scale_tril @ noise).squeeze(-1)
 
@@ -137,7 +138,8 @@ class LowRankGaussianFamily(_MultivariateGaussian):
         return result
 
     def rsample(self, q: Distribution, num_samples: int) -> Tensor:
-        assert isinstance(q, LowRankMultivariateNormal)
+        if not isinstance(q, LowRankMultivariateNormal):  # the prior
+            return super().rsample(q, num_samples)
         shared = normal((num_samples, *q.loc.shape[:-1], self.rank, 1), q.loc)
         own = normal((num_samples, *q.loc.shape), q.loc)
         z: Tensor = q.loc + (q.cov_factor @ shared).squeeze(-1) + q.cov_diag.sqrt() * own

@@ -81,11 +81,12 @@ def test_concentrations_that_float32_cannot_hold_are_refused():
 
 def test_power_spherical_accepts_any_direction():
     layer = sl.create("pathwise", family="power_spherical", latent_dim=4)
-    directions = torch.stack([torch.zeros(4), torch.eye(4)[0], -torch.eye(4)[0], torch.full((4,), 1e17)])
-    params = torch.cat([directions, torch.full((4, 1), 50.0)], -1).requires_grad_()
+    sizes = [torch.full((4,), size) for size in (1e17, 1e-30)]  # the square of the second underflows
+    directions = torch.stack([torch.zeros(4), torch.eye(4)[0], -torch.eye(4)[0], *sizes])
+    params = torch.cat([directions, torch.full((5, 1), 50.0)], -1).requires_grad_()
     z = layer(params)
     z.sum().backward()
-    torch.testing.assert_close(z.norm(dim=-1), torch.ones(4))
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(5))
     assert bool(torch.isfinite(params.grad).all())
     assert bool((z * layer.mode(params)).sum(-1).min() > 0.5)  # the reflection carries the pole to the direction
 

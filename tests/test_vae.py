@@ -143,6 +143,22 @@ def test_grey_values_under_a_bernoulli_likelihood_are_warned_of_wherever_a_bound
         getattr(run, use)(model, bits, verbose=False)
 
 
+@pytest.mark.parametrize("likelihood", ["categorical", "discretized_logistic"])
+@pytest.mark.parametrize("use", ["fit", "test"])
+def test_data_beside_the_levels_of_a_likelihood_are_refused(likelihood, use, tmp_path):
+    model, ends = VAE("gaussian", {"latent_dim": 2}, likelihood=likelihood), torch.zeros(4, 1, 8, 8)
+    ends[0] = 1.0
+
+    def run(x):
+        loader = DataLoader(x, 4)
+        getattr(trainer(tmp_path), use)(model, *([loader, loader] if use == "fit" else [loader]))
+
+    for low, high in ((-1.0, 1.0), (0.0, 255.0)):
+        with pytest.raises(ValueError, match=f"needed data from 0 to 1 .* got from {low:g} to {high:g}; divide"):
+            run(low + (high - low) * ends)
+    run(ends)
+
+
 def test_odd_image_sizes_go_through_the_convolutional_nets():
     model = VAE("gaussian", {"latent_dim": 4}, encoder="conv", decoder="conv", data_shape=(3, 7, 10))
     assert model.generate(2).shape == (2, 3, 7, 10)
@@ -234,7 +250,7 @@ def test_parts_that_do_not_fit_are_found_at_construction():
             {"encoder": "conv", "data_shape": (64,)},
             r"needed data_shape \(channels, height, width\) for a convolutional",
         ),
-        ({"likelihood": {"name": "gaussian", "initial_scale": 0}}, "needed initial_scale > 0, got 0"),
+        ({"likelihood": {"name": "gaussian", "initial_scale": 0}}, "needed a finite initial_scale >= 0.0001, got 0"),
         ({"likelihood": {"name": "categorical", "num_levels": 1}}, "needed num_levels >= 2, got 1"),
         ({"likelihood": {"name": "discretized_logistic", "num_levels": 1}}, "needed num_levels >= 2, got 1"),
         ({"iwae_samples": {"test": 2.5}}, r"needed iwae_samples\['test'\] >= 0, got 2.5"),
