@@ -77,6 +77,7 @@ def test_concentrations_that_float32_cannot_hold_are_refused():
         params[0, 0 if family != "student_t" and family != "power_spherical" else -1] = 1e6
         with pytest.raises(ValueError, match="raw_concentration"):
             layer.sample(params)
+        layer.sample(-params)  # a small concentration, which is at least 0.1
 
 
 def test_power_spherical_accepts_any_direction():
@@ -100,6 +101,7 @@ def test_any_number_of_batch_dimensions(family, batch):
     cost = sample.z.square().sum(-1)
     assert sample.z.shape == (4, *batch, layer.out_features) and sample.log_prob.shape == (4, *batch)
     assert layer.mode(params).shape == (*batch, layer.out_features)
+    assert not layer.family.sample(layer.distribution(params), 2).requires_grad
     sample.surrogate(cost + sample.log_prob).sum().backward()
     assert params.grad.shape == params.shape and bool(torch.isfinite(params.grad).all())
 

@@ -10,6 +10,7 @@ from torch.distributions import Categorical, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
 from stochastic_layers import run_tables
+from stochastic_layers import subsets as subsets_module
 from stochastic_layers.diagnostics import gradient_statistics
 from stochastic_layers.families import create_family
 from stochastic_layers.registry import layer_class
@@ -115,6 +116,14 @@ def test_one_of_n_is_the_categorical_law():
     torch.testing.assert_close(q.entropy(), categorical.entropy())
     eye = torch.eye(7, dtype=torch.float64)
     torch.testing.assert_close(q.log_prob(eye[2]), OneHotCategorical(logits=logits).log_prob(eye[2]))
+
+
+def test_a_uniform_number_of_zero_draws_nothing_impossible(monkeypatch):
+    monkeypatch.setattr(subsets_module, "double_uniform", lambda shape, device: torch.zeros(*shape, dtype=torch.float64))
+    for certain in range(4):
+        logits = torch.tensor([-1e4, 0.0, 0.1, -2e4]).roll(certain)
+        z = sl.KSubset(logits, 2).sample((3,))
+        assert torch.equal(z, (logits > -1).float().expand(3, 4))
 
 
 @pytest.mark.parametrize("n", [40, 1000])
@@ -281,6 +290,15 @@ def test_what_was_first_asked_for_without_gradients_has_them_later():
         found, wanted = (torch.autograd.grad(quantity(law), logits, retain_graph=True)[0] for law in (q, other))
         torch.testing.assert_close(found, wanted)
         assert bool(found.any())
+
+
+def test_support_and_expansion_are_those_of_a_law_of_torch():
+    q = sl.KSubset(torch.arange(4.0), 2)
+    rows = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]])
+    assert q.support.check(rows).tolist() == [True, False, False, False]
+    many = q.expand((3,))
+    assert many.batch_shape == (3,) and many.sample().shape == (3, 4)
+    torch.testing.assert_close(many.mean, q.mean.expand(3, 4))
 
 
 @pytest.mark.parametrize("size", [0, 6])
