@@ -9,6 +9,8 @@ from scipy import stats
 from torch.distributions import kl_divergence
 
 import stochastic_layers as sl
+from stochastic_layers import distributions
+from stochastic_layers.distributions import HypersphericalUniform, Logistic, PowerSpherical
 from stochastic_layers.testing import exact_value
 
 
@@ -205,6 +207,31 @@ def test_modes_at_the_ends_of_the_support_are_points_of_it():
     torch.testing.assert_close(simplex.mode(raw - torch.arange(4)), torch.tensor([1.0, 0.0, 0.0, 0.0]))
     uniform = simplex.family.standard()
     torch.testing.assert_close(simplex.family.mode(uniform), torch.full((4,), 0.25))
+
+
+def test_laws_of_our_own_have_the_quantiles_and_moments_of_scipy():
+    u = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    loc, scale, one = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 1.7, 1.0))
+    ours, theirs = Logistic(loc, scale), stats.logistic(0.3, 1.7)
+    torch.testing.assert_close(ours.icdf(u), torch.as_tensor(theirs.ppf(u)))
+    torch.testing.assert_close(ours.cdf(ours.icdf(u)), u)
+    assert float(ours.entropy()) == pytest.approx(theirs.entropy())
+    assert float(ours.variance) == pytest.approx(theirs.var()) and float(ours.mean) == float(ours.mode) == 0.3
+    kumaraswamy = distributions.Kumaraswamy(scale, 2.5 * one)
+    torch.testing.assert_close(kumaraswamy.cdf(kumaraswamy.icdf(u)), u)
+    torch.testing.assert_close(kumaraswamy.cdf(u), Kumaraswamy(1.7, 2.5).cdf(u))
+    for q in (ours, kumaraswamy, distributions.Kumaraswamy(0.1 * one, 0.1 * one).expand((3,))):
+        ends = q.icdf(torch.tensor([[0.0], [1.0]], dtype=torch.float64))
+        assert ends.shape[1:] == (q.batch_shape or (1,))
+        assert bool(torch.isfinite(ends).all() and torch.isfinite(q.log_prob(ends)).all())
+    sphere = PowerSpherical(torch.tensor([0.0, 0.6, -0.8], dtype=torch.float64), scale)
+    for dim, area in ((2, 2 * math.pi), (3, 4 * math.pi), (4, 2 * math.pi**2)):
+        uniform = HypersphericalUniform(dim, like=u)
+        assert float(uniform.entropy()) == -float(uniform.log_prob(uniform.sample())) == pytest.approx(math.log(area))
+    # the height in three dimensions: (1 + t) / 2 is a Beta(1 + concentration, 1) variable
+    mean = 2 * stats.beta(2.7, 1).mean() - 1
+    torch.testing.assert_close(sphere.mean, mean * sphere.loc)
+    assert float(sphere.log_prob(-sphere.loc)) > -100  # the antipode, where the density is zero
 
 
 def test_student_t_has_an_infinite_kl_to_the_normal_where_it_has_no_variance():
