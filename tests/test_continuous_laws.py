@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from pathwise_problems import FAMILIES, KS_DRAWS, KS_LIMIT, build, ks_distance, law, params_of
@@ -151,6 +152,21 @@ def test_density_integrates_to_one(family):
     layer = build(family)
     total = exact_value(layer, params_of(layer), lambda z: torch.ones_like(z[..., 0]))
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 4, 7])
+def test_power_spherical_law_in_any_dimension(dim):
+    """A Beta law of the height, uniform on the circle of that latitude: a sphere of one dimension less."""
+    layer = build("power_spherical", latent_dim=dim, num_samples=KS_DRAWS)
+    q, z = layer.distribution(params_of(layer, batch=())), layer.sample(params_of(layer, batch=())).z
+    height, half = z @ q.loc, (dim - 1) / 2
+    beta = stats.beta(half + q.concentration, half)
+    assert ks_distance((1 + height) / 2, beta.cdf) < KS_LIMIT
+    area = math.log(2) + half * math.log(math.pi) - math.lgamma(half)
+    expected = beta.logpdf((1 + height) / 2) - math.log(2) - area - (dim - 3) / 2 * np.log(1 - height.square())
+    torch.testing.assert_close(q.log_prob(z), torch.as_tensor(expected))
+    torch.testing.assert_close(float(q.mean @ q.loc), 2 * beta.mean() - 1)
+    assert float(q.entropy()) == pytest.approx(-float(expected.mean()), abs=0.05)  # the standard error is below 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)

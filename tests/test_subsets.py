@@ -119,7 +119,9 @@ def test_one_of_n_is_the_categorical_law():
 
 
 def test_a_uniform_number_of_zero_draws_nothing_impossible(monkeypatch):
-    monkeypatch.setattr(subsets_module, "double_uniform", lambda shape, device: torch.zeros(*shape, dtype=torch.float64))
+    monkeypatch.setattr(
+        subsets_module, "double_uniform", lambda shape, device: torch.zeros(*shape, dtype=torch.float64)
+    )
     for certain in range(4):
         logits = torch.tensor([-1e4, 0.0, 0.1, -2e4]).roll(certain)
         z = sl.KSubset(logits, 2).sample((3,))
