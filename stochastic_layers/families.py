@@ -13,9 +13,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
 from stochastic_layers.noise import below, double_uniform
-from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
 from stochastic_layers.options import check_positive_int
-from stochastic_layers.quadrature import gauss_hermite, product_rule
 from stochastic_layers.registry import nearest
 
 __all__ = [
@@ -23,9 +21,7 @@ __all__ = [
     "CategoricalFamily",
     "ChoiceFamily",
     "Family",
-    "GaussianFamily",
     "create_family",
-    "gaussian_nodes",
     "register_family",
     "takes_categories",
 ]
@@ -384,52 +380,6 @@ class CategoricalFamily(ChoiceFamily):
     def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         like = torch.empty(self.num_outcomes, dtype=dtype, device=index.device)
         return one_hot(index.unsqueeze(-1), like).flatten(-2)
-
-
-@register_family
-class GaussianFamily(Family):
-    """Diagonal Gaussian; params are the loc, then the log-variance: ``[*batch, 2 * latent_dim]``."""
-
-    name = "gaussian"
-    discrete = False
-    parts = ("loc", "log_variance")
-
-    def check(self, params: Tensor, low: float, high: float) -> None:
-        super().check(params, low, high)
-        if max(-low, high) > MAX_LOG_VARIANCE:  # cheap: the exact look is needed only then
-            extreme = float(params[..., self.latent_dim :].abs().max())
-            if extreme > MAX_LOG_VARIANCE:
-                raise ValueError(
-                    f"needed log-variances between -{MAX_LOG_VARIANCE:g} and {MAX_LOG_VARIANCE:g}, got one of "
-                    f"magnitude {extreme:.3g}, whose variance or KL overflows; the second half of params is the "
-                    "log-variance, not the scale. Clamp it or lower the learning rate."
-                )
-
-    def standard(self) -> Distribution:
-        """The standard normal."""
-        return DiagonalNormal(StandardNormal(torch.zeros(self.latent_dim), torch.ones(self.latent_dim)))
-
-    def distribution(self, params: Tensor) -> Distribution:
-        return DiagonalNormal(LogVarianceNormal(*params.chunk(2, -1)))
-
-    def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        return q.sample(torch.Size((num_samples,)))
-
-    def mode(self, q: Distribution) -> Tensor:
-        return q.mean
-
-    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
-        x, weights = gaussian_nodes(_base(q).loc, 6 + 4 * refinement)  # exact for polynomials of degree up to 11
-        return _base(q).loc + _base(q).scale * x, weights
-
-
-def gaussian_nodes(like: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Standard normal nodes ``[N, *batch, D]`` and their weights ``[N, *batch]`` for a tensor ``[*batch, D]``."""
-    points, weights = product_rule(*gauss_hermite(count), like.shape[-1])
-    batch = like.shape[:-1]
-    shape = (-1, *[1] * len(batch))
-    x = points.to(like.dtype).view(*shape, like.shape[-1]).expand(-1, *like.shape)
-    return x, weights.to(like.dtype).view(shape).expand(-1, *batch)
 
 
 def create_family(family: str | Mapping[str, Any], latent_dim: int, num_categories: int | None = None) -> Family:
