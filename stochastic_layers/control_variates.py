@@ -160,7 +160,7 @@ class NVIL(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"``, ``"permutation"`` or ``"gaussian"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         baseline: C; see :class:`~stochastic_layers.Reinforce`.
@@ -182,7 +182,7 @@ class NVIL(StochasticLayer):
         torch.Size([5])
     """
 
-    families = ("bernoulli", "categorical", "subset", "gaussian")
+    families = ("bernoulli", "categorical", "subset", "permutation", "gaussian")
     unbiased = (
         "when normalize=False; otherwise its mean is the exact gradient divided by max(1, running standard deviation)"
     )

@@ -169,7 +169,7 @@ class Family(ABC):
             raise ValueError(
                 f"needed a family whose expectations can be computed, got {self.name!r}, which has no nodes()."
             )
-        batch, z = q.batch_shape, self.outcomes(q.mean.dtype)
+        batch, z = q.batch_shape, self.outcomes(self.mode(q).dtype)
         z = z.view(-1, *[1] * len(batch), self.out_features).expand(-1, *batch, -1)
         return z, self.log_prob(q, z).exp()
 
@@ -318,7 +318,7 @@ class BernoulliFamily(Family):
 class ChoiceFamily(Family):
     """Base of families with a logit for each of ``num_categories`` items of a latent variable, and z as ones and zeros.
 
-    Params are ``[*batch, latent_dim * num_categories]``, latent by latent, and so is z.
+    Params are ``[*batch, latent_dim * num_categories]``, latent by latent, and so is z unless a family says otherwise.
     """
 
     discrete = True
