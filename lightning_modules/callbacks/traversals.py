@@ -34,7 +34,7 @@ def traversal(model: LatentVariableModel[object], x: Tensor, columns: int = 10, 
     """Set the most active units of the first layer to each of their values, one unit at a time.
 
     The values of a bit are 0 and 1; of a one-hot vector, its categories; of a vector on the simplex, the corners; of
-    another discrete unit, the most frequent ones at the data (its codes, subsets, orders, counts); of a continuous unit,
+    another discrete unit, the most frequent ones at the data (codes, subsets, orders, counts); of a continuous unit,
     quantiles from 2 to 98 % of draws of q at the data, which are those of the prior where the unit is inactive. Where a
     unit has few values, further examples stand beside the first. Latents at positions are set at all positions at once.
 
