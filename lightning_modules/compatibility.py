@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import stochastic_layers as sl
 from lightning_modules.build import OBJECTIVES, build_layer, build_objective
+from stochastic_layers.families import takes_categories
 
 __all__ = ["Compatibility", "compatibility", "compatibility_markdown"]
 
-LATENT_DIM = 2
+LATENT_DIM, NUM_CATEGORIES = 2, 3
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ def compatibility() -> list[Compatibility]:
 
 
 def _build(name: str, family: str) -> sl.StochasticLayer:
+    options = {"family": family} | ({"num_categories": NUM_CATEGORIES} if takes_categories(family) else {})
     try:
-        return build_layer(name, {"family": family, "latent_dim": LATENT_DIM})
+        return build_layer(name, options | {"latent_dim": LATENT_DIM})
     except ValueError:  # a layer of one joint variable
-        return build_layer(name, {"family": family, "latent_dim": 1})
+        return build_layer(name, options | {"latent_dim": 1})
 
 
 def compatibility_markdown() -> str:

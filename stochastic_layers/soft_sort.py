@@ -19,12 +19,12 @@ __all__ = ["SoftSort"]
 
 
 def soft_sorted(scores: Tensor, order: Tensor) -> Tensor:
-    """Scores of each item at each place, of which rows are softmaxes: SoftSort, ``[..., n]`` -> ``[..., n, n]``."""
+    """SoftSort: at each place minus the distances to the score that belongs there, ``[..., n]`` -> ``[..., n, n]``."""
     return (scores.gather(-1, order).unsqueeze(-1) - scores.unsqueeze(-2)).abs().neg()
 
 
 def neural_sorted(scores: Tensor) -> Tensor:
-    """The same of NeuralSort."""
+    """NeuralSort: at each place what is largest for the item that belongs there, ``[..., n]`` -> ``[..., n, n]``."""
     n = scores.shape[-1]
     distances = (scores.unsqueeze(-1) - scores.unsqueeze(-2)).abs().sum(-1, keepdim=True).mT
     factors = torch.arange(n - 1, -n, -2, dtype=scores.dtype, device=scores.device).unsqueeze(-1)
@@ -108,8 +108,8 @@ class SoftSort(TemperedLayer):
         logits = family.unflatten(params)
         scores = logits - log_exponential((self.num_samples, *logits.shape), logits)
         order = scores.detach().argsort(dim=-1, descending=True)
-        places = soft_sorted(scores, order) if self.relaxation == "soft_sort" else neural_sorted(scores)
-        z = softmax(places / self.temperature.to(params.dtype)).flatten(-3)
+        scores = scores / self.temperature.to(params.dtype)
+        z = softmax(soft_sorted(scores, order) if self.relaxation == "soft_sort" else neural_sorted(scores)).flatten(-3)
         return self._sample(self.law(params), with_value(matrices(order, scores).flatten(-3), z) if self.hard else z)
 
     def extra_repr(self) -> str:
