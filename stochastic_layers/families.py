@@ -108,6 +108,16 @@ class Family(ABC):
     def mode(self, q: Distribution) -> Tensor:
         """The most probable z ``[*batch, out_features]``."""
 
+    def center(self, q: Distribution) -> Tensor:
+        """Where q lies, some numbers for each latent variable ``[*batch, ...]``: they vary over data if it is active.
+
+        The mean of z; its mode where that has no closed form.
+        """
+        try:
+            return q.mean
+        except NotImplementedError:
+            return self.mode(q)
+
     @abstractmethod
     def standard(self) -> Distribution:
         """The customary prior: batch shape ``[]`` and the event shape of q."""

@@ -56,7 +56,8 @@ class PlackettLuce(Distribution):
     Row i of z has a one at the item that comes i-th, so that ``z @ x`` are the rows of x in that order, and
     ``z.mT @ r`` the places' values r given to the items. A draw is the order of the logits with Gumbel noise added, the
     largest first. The first item has the categorical law; whether a comes before b has the probability
-    ``sigmoid(l_a - l_b)``, whatever the others. There is no closed form of the mean, the entropy and the KL.
+    ``sigmoid(l_a - l_b)``, whatever the others, and adds up to the expected places of items. There is no closed form of
+    the mean of z, the entropy and the KL.
 
     Args:
         logits: ``[..., n]``.
@@ -90,6 +91,12 @@ class PlackettLuce(Distribution):
     def log_prob_of_order(self, order: Tensor) -> Tensor:
         """log q of ``order [..., n]``, the items from the first to the last: without matrices."""
         return _log_prob_of_sorted(self.logits.expand(order.shape).gather(-1, order))
+
+    @property
+    def expected_places(self) -> Tensor:
+        """The expected number of items that come before each ``[..., n]``, from 0 to n - 1."""
+        before = torch.sigmoid(self.logits.unsqueeze(-2) - self.logits.unsqueeze(-1))  # [..., item, other]
+        return before.sum(-1) - 0.5
 
     @property
     def mode(self) -> Tensor:
@@ -146,6 +153,14 @@ class PermutationFamily(ChoiceFamily):
 
     def mode(self, q: Distribution) -> Tensor:
         return self._law(q).mode.flatten(-3)
+
+    def center(self, q: Distribution) -> Tensor:
+        """The expected places of the items ``[*batch, latent_dim, num_categories]``, in standard deviations of a place.
+
+        The mode would vary over the data although every order is as probable as any other.
+        """
+        law = self._law(q)
+        return law.expected_places * math.sqrt(12 / (law.event_shape[0] ** 2 - 1))
 
     def _law(self, q: Distribution) -> PlackettLuce:
         assert isinstance(q, Independent)

@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 import stochastic_layers as sl
+from lightning_modules import VAE
 from stochastic_layers.diagnostics import gradient_statistics
 from stochastic_layers.families import create_family
 from stochastic_layers.permutations import matrices
@@ -109,6 +110,30 @@ def test_a_matrix_puts_rows_in_order():
     rows = torch.arange(6.0).view(3, 2)
     assert torch.equal(q.mode @ rows, rows[[1, 2, 0]])
     assert torch.equal(q.mode.mT @ torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 1.0, 2.0]))  # the place of each
+
+
+def test_expected_places_are_those_of_the_sum_over_all_orders():
+    logits = logits_of(5)
+    places = orders(5).argsort(-1).double()  # [120, 5]
+    torch.testing.assert_close(sl.PlackettLuce(logits).expected_places, chances(logits) @ places)
+
+
+def test_a_latent_order_is_active_by_its_expected_places_and_not_by_its_mode():
+    # the most probable order is another one for each example, but any other is nearly as probable
+    for scale, active in ((1e-3, 0), (1.0, 2)):
+        model = VAE("leave_one_out", {"latent_dim": 2, "family": "permutation", "num_categories": 3})
+        metrics, params = model.evaluation("val"), scale * torch.randn(50, 6)
+        metrics.update(
+            {"kl": torch.zeros(50), "reconstruction": torch.zeros(50)},
+            None,
+            model.layer.distribution(params),
+            params,
+            None,
+        )
+        assert metrics.active_units.compute() == active
+    uniform = torch.zeros(10_000, 6)
+    spread = model.layer.sample(uniform).z[0].view(-1, 2, 3, 3).argmax(-2).double().var(0)  # of the place of an item
+    torch.testing.assert_close(spread, torch.full((2, 3), (9 - 1) / 12).double(), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize(
