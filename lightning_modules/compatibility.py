@@ -8,7 +8,7 @@ import stochastic_layers as sl
 from lightning_modules.build import OBJECTIVES, build_layer, build_objective
 from stochastic_layers.families import takes_categories
 
-__all__ = ["Compatibility", "compatibility", "compatibility_markdown"]
+__all__ = ["Compatibility", "compatibility", "compatibility_markdown", "smallest"]
 
 LATENT_DIM, NUM_CATEGORIES = 2, 3
 
@@ -40,7 +40,7 @@ def compatibility() -> list[Compatibility]:
     rows = []
     for name in sl.list_layers():
         for family in sl.describe(name).families:
-            layer = _build(name, family)
+            layer = smallest(name, family)
             refusals = {}
             for objective, check in objectives.items():
                 try:
@@ -52,11 +52,12 @@ def compatibility() -> list[Compatibility]:
     return rows
 
 
-def _build(name: str, family: str) -> sl.StochasticLayer:
+def smallest(name: str, family: str) -> sl.StochasticLayer:
+    """A layer of few variables, and of one where it takes no more."""
     options = {"family": family} | ({"num_categories": NUM_CATEGORIES} if takes_categories(family) else {})
     try:
         return build_layer(name, options | {"latent_dim": LATENT_DIM})
-    except ValueError:  # a layer of one joint variable
+    except ValueError:  # one joint variable has too many outcomes
         return build_layer(name, options | {"latent_dim": 1})
 
 
