@@ -22,7 +22,7 @@ from lightning_modules.metrics import (
     KLPerDimension,
 )
 from stochastic_layers import StochasticLayer
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.quantized import QuantizedLayer
 
 __all__ = ["Evaluation", "evaluation_loader", "evaluations", "unpadded"]

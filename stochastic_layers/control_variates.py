@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from stochastic_layers.baselines import RunningMean, as_of_now, create_baseline, mean_over_all_ranks
-from stochastic_layers.families import CategoricalFamily, Family
+from stochastic_layers.discrete_families import CategoricalFamily
+from stochastic_layers.families import Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
 from stochastic_layers.subsets import SubsetFamily

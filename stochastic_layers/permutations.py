@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
 from stochastic_layers.categorical import one_hot
-from stochastic_layers.families import ChoiceFamily, register_family
+from stochastic_layers.discrete_families import ChoiceFamily
+from stochastic_layers.families import register_family
 from stochastic_layers.noise import log_exponential
 
 __all__ = ["PermutationFamily", "PlackettLuce", "matrices"]
