@@ -24,6 +24,7 @@ from lightning_modules.metrics import (
 from stochastic_layers import StochasticLayer
 from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.quantized import QuantizedLayer
+from stochastic_layers.subsets import SubsetFamily
 
 __all__ = ["Evaluation", "evaluation_loader", "evaluations", "unpadded"]
 
@@ -42,8 +43,8 @@ class Evaluation(nn.Module):
             form (``flow``, ``hard_concrete``, ``invertible_gaussian``), its mode stands for it, and for that of an
             order the expected places of the items (:meth:`~stochastic_layers.families.Family.center`).
         kl_per_dimension: KL of each latent variable, where it is known in closed form.
-        perplexity: Use of categories or codes, where there are any and not more than ``MAX_CODES``. Positions share
-            their categories; latents of a quantiser share a codebook.
+        perplexity: Use of categories, items of subsets or codes, where there are any and not more than ``MAX_CODES``.
+            Positions share their categories; latents of a quantiser share a codebook.
 
     Args:
         layer: The first stochastic layer.
@@ -65,7 +66,7 @@ class Evaluation(nn.Module):
         self.perplexity: CodePerplexity | None = None
         if isinstance(layer, QuantizedLayer) and layer.num_codes <= MAX_CODES:
             self.perplexity = CodePerplexity(layer.num_codes, math.prod(layer.codes.index_shape))
-        elif isinstance(layer.family, CategoricalFamily) and layer.num_categories is not None:
+        elif isinstance(layer.family, (CategoricalFamily, SubsetFamily)) and layer.num_categories is not None:
             self.perplexity = CodePerplexity(layer.num_categories, layer.latent_dim)
         self._layer = (layer,)  # in a tuple, so that the layer does not become a part of this module
 
