@@ -224,6 +224,23 @@ def test_the_padding_of_a_distributed_sampler_is_left_out(examples, world_size, 
     assert (padded > examples) == (examples % world_size > 0)  # there was something to leave out
 
 
+@pytest.mark.parametrize("layer", ["gaussian", "vq", "gumbel_softmax", "hard_concrete"])
+def test_an_evaluation_counts_the_examples_and_not_the_padding(layer):
+    model = VAE(layer).eval()
+    x = torch.rand(6, 1, 8, 8).round()
+    params = model.encode(x).detach()
+    bound, kl = model.bound(terms := model.terms(x, params)), terms.kl
+    padded, plain = model.evaluation("val"), model.evaluation("test")
+    padded.update(bound, kl, model.posterior(terms), params, 4)
+    first = {name: value[:4] for name, value in bound.items()}
+    plain.update(first, None if kl is None else kl[:4], model.layer.distribution(params[:4]), params[:4], None)
+    for one, other in zip(padded.children(), plain.children(), strict=True):
+        torch.testing.assert_close(one.compute(), other.compute())
+        assert one.update_called
+    assert padded.active_units.num_units == model.layer.latent_dim
+    assert padded.active_units.variances().shape == (model.layer.latent_dim,)
+
+
 @pytest.mark.parametrize("contain", [lambda v: v, lambda v: [v], lambda v: {"a": v}], ids=["bare", "list", "mapping"])
 def test_the_loader_of_an_evaluation_is_found_in_a_container_and_after_a_fit(contain):
     class Watched(VAE):
@@ -241,6 +258,11 @@ def test_the_loader_of_an_evaluation_is_found_in_a_container_and_after_a_fit(con
     assert model.seen is after
     trainer.test(model, contain(during), verbose=False)
     assert model.seen is during
+
+
+def test_no_draws_of_the_importance_weighted_bound_are_no_metric():
+    model = VAE("gaussian", iwae_samples={"val": 0, "test": 1})
+    assert model.evaluation("val").iwae is None and model.evaluation("test").iwae is not None
 
 
 def test_other_loaders_have_no_padding():
