@@ -70,6 +70,12 @@ def test_stein_terms_are_those_of_the_definition():
         assert torch.allclose(second[k], vector)
 
 
+def test_surrogates_start_as_the_taylor_expansion():
+    layer, _ = build("rodeo", {**BITS, **SMALL})
+    linear, level = torch.randn(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer._surrogate(linear, level), (linear + level).expand(2, 5))
+
+
 def test_variance_on_the_published_toy():
     """D = 200, two draws: leave-one-out's 1.25e-9 at the start, as published, and never above it."""
     layer, _ = build("rodeo", {"latent_dim": 200, **SMALL, "decay": 0.95})
