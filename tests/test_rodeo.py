@@ -70,6 +70,54 @@ def test_stein_terms_are_those_of_the_definition():
         assert torch.allclose(second[k], vector)
 
 
+def test_gradient_is_the_formula_written_out(monkeypatch):
+    """Leave-one-out and both control variates at given coefficients, draw by draw, bit by bit."""
+    alpha, beta, mean, deviation = 0.7, -0.4, 1.3, 2.1
+    layer, params = build("rodeo", {**BITS, **SMALL, "num_samples": 3}, batch=1)
+    with torch.no_grad():
+        for parameter in layer.network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    monkeypatch.setattr(layer.coefficients, "forward", lambda: torch.tensor([alpha, beta]).double())
+    monkeypatch.setattr(rodeo.CostMoments, "mean", torch.tensor([mean]).double())
+    monkeypatch.setattr(rodeo.CostMoments, "std", torch.tensor([deviation]).double())
+    leaf, center = params.clone().requires_grad_(), params[0].sigmoid()
+    sample = layer.sample(leaf)
+    value = PolynomialCost("cubic", 3)(sample.z)
+    (slope,) = torch.autograd.grad(value.sum(), sample.z, retain_graph=True)
+    (found,) = torch.autograd.grad(sample.surrogate(value).sum(), leaf)
+    z, f, slope = sample.z[:, 0].detach(), value[:, 0].detach(), slope[:, 0]
+
+    def surrogates(k, y):
+        others = [j for j in range(3) if j != k]
+        linear = torch.stack([slope[j] @ (y - z[j]) for j in others])
+        return deviation * layer._surrogate(linear / deviation, (f[others] - mean) / deviation).mean(1).detach()
+
+    def stein(k):
+        scalar, vector = 0.0, 0.0
+        for i in range(3):
+            near = z[k].clone()
+            near[i] = 1 - near[i]
+            flip = center[i] if near[i] > 0 else 1 - center[i]
+            there, here = surrogates(k, near), surrogates(k, z[k])
+            scalar = scalar + flip * (there[0] - here[0])
+            vector = vector + flip * (there[1] * (near - center) - here[1] * (z[k] - center))
+        return scalar, vector
+
+    expected = 0.0
+    for k in range(3):
+        baseline = sum(f[j] + alpha * stein(j)[0] for j in range(3) if j != k) / 2
+        expected = expected + ((f[k] - baseline) * (z[k] - center) + beta * stein(k)[1]) / 3
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_the_network_sees_costs_in_units_of_the_past_ones():
+    layer, params = build("rodeo", {**BITS, **SMALL}, batch=4)
+    sample = layer.sample(params.requires_grad_())
+    cost = PolynomialCost("cubic", 3)(sample.z)
+    sample.surrogate(cost).sum().backward()
+    torch.testing.assert_close(layer.moments.mean[0], cost.detach().mean(), check_dtype=False)
+
+
 def test_surrogates_start_as_the_taylor_expansion():
     layer, _ = build("rodeo", {**BITS, **SMALL})
     linear, level = torch.randn(2, 5, dtype=torch.float64)
