@@ -39,6 +39,7 @@ def test_antithetic_pairs_have_no_variance_where_the_cost_is_odd(family):
     params = params_of(layer)
     theta = torch.tensor([1.5, -0.5], dtype=torch.float64)
     sample = layer.sample(params)
+    torch.testing.assert_close(sample.z[2:], 2 * layer.mode(params) - sample.z[:2])  # pair by pair, as documented
     estimate = sample.surrogate(sample.z @ theta)
     torch.testing.assert_close(estimate, layer.mode(params) @ theta)  # the value itself
     statistics = gradient_statistics(layer, params, lambda z: z @ theta)
