@@ -113,6 +113,13 @@ def test_quasi_monte_carlo_stratifies_every_axis():
     assert bool((cells == torch.arange(16).view(-1, 1, 1)).all())
 
 
+def test_quasi_monte_carlo_reaches_far_into_the_tails_in_float32(monkeypatch):
+    layer = build("gaussian", "quasi_monte_carlo", num_samples=2).float()
+    monkeypatch.setattr(torch, "randint", lambda high, shape, device: torch.full(shape, high - 1))  # the last cell
+    z = layer.sample(torch.zeros(3, 4)).z[0]
+    assert bool(torch.isfinite(z).all()) and float(z.min()) > 6
+
+
 def test_quasi_monte_carlo_draws_each_follow_the_law_and_examples_are_independent():
     layer = build("gaussian", "quasi_monte_carlo", num_samples=2)
     z = layer.sample(torch.zeros(KS_DRAWS, 4, dtype=torch.float64)).z
