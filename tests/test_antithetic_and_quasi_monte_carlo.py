@@ -118,6 +118,8 @@ def test_quasi_monte_carlo_reaches_far_into_the_tails_in_float32(monkeypatch):
     monkeypatch.setattr(torch, "randint", lambda high, shape, device: torch.full(shape, high - 1))  # the last cell
     z = layer.sample(torch.zeros(3, 4)).z[0]
     assert bool(torch.isfinite(z).all()) and float(z.min()) > 6
+    inside = build("kumaraswamy", "quasi_monte_carlo", num_samples=2).float().sample(torch.zeros(3, 4))
+    assert float(inside.z[0].min()) > 1 - 1e-6 and bool(torch.isfinite(inside.log_prob).all())
 
 
 def test_quasi_monte_carlo_draws_each_follow_the_law_and_examples_are_independent():
