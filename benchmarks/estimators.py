@@ -32,8 +32,10 @@ from torch import Tensor, nn
 import stochastic_layers as sl
 from benchmarks.measure import Row, arguments, interleave, summary, write
 from stochastic_layers.categorical import draw_categorical, softmax
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.exact import JointLayer
-from stochastic_layers.families import CategoricalFamily, Family, GaussianFamily
+from stochastic_layers.families import Family
+from stochastic_layers.gaussian_families import GaussianFamily
 from stochastic_layers.registry import layer_class
 from stochastic_layers.relaxed import perturbed
 

@@ -19,6 +19,7 @@ CATEGORICAL = [(512, 32, 64), (256, 1, 1024), (128, 20, 10)]
 GAUSSIAN = [(128, 20), (128, 200), (512, 256)]
 BITS = [(128, 200)]
 SUBSETS = [((128, 16), 2), ((256, 64), 4), ((256, 1024), 8)]
+ORDERS = [(128, 8), (256, 32), (64, 128)]
 
 
 def _layer(name: str, params: Tensor, upstream: Tensor, **options: object) -> Callable[[], Work]:
@@ -151,6 +152,40 @@ def subsets(shape: tuple[int, int], size: int, seconds: float, device: str, unav
     return compare(group, works, reference="Gumbel top-k by hand", seconds=seconds, device=device)
 
 
+def orders(shape: tuple[int, int], seconds: float, device: str, unavailable: dict[str, str]) -> list[Row]:
+    """Orders of items, ``shape = (batch, items)``, by values of the cost and through relaxed matrices."""
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    slope, cost = torch.randn(*shape, shape[1], device=device), torch.randn(shape[0], device=device)
+    of = {"latent_dim": 1, "num_categories": shape[1], "family": "permutation"}
+
+    def perturbed() -> tuple[Tensor, Tensor]:
+        scores = logits - torch.empty_like(logits).exponential_().log()
+        return scores, scores.detach().argsort(-1, descending=True)
+
+    def scored() -> None:
+        order = perturbed()[1]
+        F.one_hot(order, shape[1]).to(logits.dtype)
+        chosen = logits.gather(-1, order)
+        log_q = (chosen - chosen.flip(-1).logcumsumexp(-1).flip(-1)).sum(-1)
+        torch.autograd.grad((log_q * cost).sum(), logits)
+
+    def relaxed() -> None:
+        scores, order = perturbed()
+        z = (scores.gather(-1, order).unsqueeze(-1) - scores.unsqueeze(-2)).abs().neg().softmax(-1)
+        torch.autograd.grad(z, logits, slope)
+
+    cases = {
+        "score function": {"by hand": lambda: scored, "reinforce": _scored("reinforce", logits, cost, **of)},
+        "relaxed": {"by hand": lambda: relaxed, "soft_sort": _layer("soft_sort", logits, slope.flatten(1), **of)},
+    }
+    rows = []
+    for kind, builders in cases.items():
+        works = peers.usable(builders, unavailable)
+        group = f"orders of {shape[1]}, batch {shape[0]}, {kind}"
+        rows += compare(group, works, reference="by hand", seconds=seconds, device=device)
+    return rows
+
+
 def quantised(seconds: float, device: str, unavailable: dict[str, str]) -> list[Row]:
     """Codes for 64 vectors of 32 dimensions in a batch of 64, and scalar codes of four coordinates."""
     x = torch.randn(64, 64, 32, device=device, requires_grad=True)
@@ -187,6 +222,8 @@ def main() -> None:
         rows += bits(size, options.seconds, options.device, unavailable)
     for shape, size in SUBSETS:
         rows += subsets(shape, size, options.seconds, options.device, unavailable)
+    for size in ORDERS:
+        rows += orders(size, options.seconds, options.device, unavailable)
     rows += quantised(options.seconds, options.device, unavailable)
     for name, reason in unavailable.items():
         print(f"not measured: {name}: {reason}")

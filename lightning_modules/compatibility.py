@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import stochastic_layers as sl
 from lightning_modules.build import OBJECTIVES, build_layer, build_objective
+from stochastic_layers.families import takes_categories
 
-__all__ = ["Compatibility", "compatibility", "compatibility_markdown"]
+__all__ = ["Compatibility", "compatibility", "compatibility_markdown", "smallest"]
 
-LATENT_DIM = 2
+LATENT_DIM, NUM_CATEGORIES = 2, 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def compatibility() -> list[Compatibility]:
     rows = []
     for name in sl.list_layers():
         for family in sl.describe(name).families:
-            layer = _build(name, family)
+            layer = smallest(name, family)
             refusals = {}
             for objective, check in objectives.items():
                 try:
@@ -51,11 +52,13 @@ def compatibility() -> list[Compatibility]:
     return rows
 
 
-def _build(name: str, family: str) -> sl.StochasticLayer:
+def smallest(name: str, family: str) -> sl.StochasticLayer:
+    """A layer of few variables, and of one where it takes no more."""
+    options = {"family": family} | ({"num_categories": NUM_CATEGORIES} if takes_categories(family) else {})
     try:
-        return build_layer(name, {"family": family, "latent_dim": LATENT_DIM})
-    except ValueError:  # a layer of one joint variable
-        return build_layer(name, {"family": family, "latent_dim": 1})
+        return build_layer(name, options | {"latent_dim": LATENT_DIM})
+    except ValueError:  # one joint variable has too many outcomes
+        return build_layer(name, options | {"latent_dim": 1})
 
 
 def compatibility_markdown() -> str:

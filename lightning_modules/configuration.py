@@ -23,7 +23,7 @@ def read(path: str | Path) -> Mapping[str, Any]:
     """What a configuration file holds; empty where the parser will find fault with it.
 
     Raises:
-        ValueError: It holds no options, of which the parser would not say where.
+        ValueError: It is no YAML, or holds no options, of which the parser would not say where.
     """
     if not Path(path).is_file():
         return {}
@@ -33,7 +33,12 @@ def read(path: str | Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{path}: needed a text file of options, got other bytes ({error}); name another file."
         ) from None
-    except (OSError, yaml.YAMLError):
+    except yaml.YAMLError as error:  # the parser would not name the file
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ValueError(f"{path}{place}: needed YAML, got what is none ({problem}); correct it.") from None
+    except OSError:
         return {}
     if not isinstance(content, Mapping):
         got = "an empty file" if content is None else f"a {type(content).__name__}"

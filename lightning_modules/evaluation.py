@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -21,8 +22,9 @@ from lightning_modules.metrics import (
     KLPerDimension,
 )
 from stochastic_layers import StochasticLayer
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.quantized import QuantizedLayer
+from stochastic_layers.subsets import SubsetFamily
 
 __all__ = ["Evaluation", "evaluation_loader", "evaluations", "unpadded"]
 
@@ -38,10 +40,11 @@ class Evaluation(nn.Module):
         reconstruction: Its reconstruction term.
         iwae: The importance-weighted bound, where asked for.
         active_units: Units of the first layer whose posterior mean varies over the data. Where q has no mean in closed
-            form (``flow``, ``hard_concrete``, ``invertible_gaussian``), its mode stands for it.
+            form (``flow``, ``hard_concrete``, ``invertible_gaussian``), its mode stands for it, and for that of an
+            order the expected places of the items (:meth:`~stochastic_layers.families.Family.center`).
         kl_per_dimension: KL of each latent variable, where it is known in closed form.
-        perplexity: Use of categories or codes, where there are any and not more than ``MAX_CODES``. Positions share
-            their categories; latents of a quantiser share a codebook.
+        perplexity: Use of categories, items of subsets or codes, where there are any and not more than ``MAX_CODES``.
+            Positions share their categories; latents of a quantiser share a codebook.
 
     Args:
         layer: The first stochastic layer.
@@ -57,12 +60,13 @@ class Evaluation(nn.Module):
         self.elbo, self.kl, self.reconstruction = EvidenceLowerBound(), ExampleMean(), ExampleMean()
         self.iwae = ImportanceWeightedBound() if iwae else None
         places = math.prod(positions)
-        self.active_units = ActiveUnits(places * layer.latent_dim, layer.out_features // layer.latent_dim)
+        center = layer.family.center(layer.distribution(torch.zeros(layer.in_features)))
+        self.active_units = ActiveUnits(places * layer.latent_dim, center.numel() // layer.latent_dim)
         self.kl_per_dimension = None if num_kl_terms is None else KLPerDimension(num_kl_terms)
         self.perplexity: CodePerplexity | None = None
         if isinstance(layer, QuantizedLayer) and layer.num_codes <= MAX_CODES:
             self.perplexity = CodePerplexity(layer.num_codes, math.prod(layer.codes.index_shape))
-        elif isinstance(layer.family, CategoricalFamily) and layer.num_categories is not None:
+        elif isinstance(layer.family, (CategoricalFamily, SubsetFamily)) and layer.num_categories is not None:
             self.perplexity = CodePerplexity(layer.num_categories, layer.latent_dim)
         self._layer = (layer,)  # in a tuple, so that the layer does not become a part of this module
 
@@ -83,15 +87,12 @@ class Evaluation(nn.Module):
         self.elbo.update(reconstruction, total_kl)
         self.kl.update(total_kl)
         self.reconstruction.update(reconstruction)
-        try:
-            means = q.mean
-        except NotImplementedError:
-            means = layer.family.mode(q)
-        self.active_units.update(means[:count])
+        center = layer.family.center(q)
+        self.active_units.update(center[:count])
         if self.kl_per_dimension is not None and kl is not None:
             self.kl_per_dimension.update(kl[:count])
         if self.perplexity is not None:
-            codes = layer.indices(params) if isinstance(layer, QuantizedLayer) else means
+            codes = layer.indices(params) if isinstance(layer, QuantizedLayer) else center
             if isinstance(layer, QuantizedLayer) and not layer.codes.index_shape:
                 codes = codes.unsqueeze(-1)
             self.perplexity.update(codes[:count])

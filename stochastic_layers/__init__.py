@@ -19,6 +19,7 @@ from stochastic_layers.learned_quantizers import DiVeQ, SimVQ
 from stochastic_layers.lookup_free import BinarySphericalQuantizer, LookupFreeQuantizer
 from stochastic_layers.measure_valued import MeasureValued
 from stochastic_layers.pathwise import Antithetic, Gaussian, Pathwise, QuasiMonteCarlo
+from stochastic_layers.permutations import PlackettLuce
 from stochastic_layers.poisson import Poisson, PoissonStraightThrough
 from stochastic_layers.quantized import ResidualVectorQuantizer, RotationTrick, VectorQuantizer
 from stochastic_layers.rao_blackwell import CoordinateFlip, LocalExpectation
@@ -29,6 +30,7 @@ from stochastic_layers.relax import Relax
 from stochastic_layers.relaxed import EntmaxGumbel, GumbelSoftmax
 from stochastic_layers.rodeo import Rodeo
 from stochastic_layers.score_function import Dice, LeaveOneOutReinforce, Reinforce
+from stochastic_layers.soft_sort import SoftSort
 from stochastic_layers.sparse import SparsemaxMarginalization
 from stochastic_layers.straight_through import DecoupledStraightThrough, ReinMax, StraightThrough
 from stochastic_layers.subsets import KSubset
@@ -76,6 +78,7 @@ __all__ = [
     "MovingAverage",
     "MuProp",
     "Pathwise",
+    "PlackettLuce",
     "Poisson",
     "PoissonStraightThrough",
     "QuasiMonteCarlo",
@@ -90,6 +93,7 @@ __all__ = [
     "RotationTrick",
     "Sample",
     "SimVQ",
+    "SoftSort",
     "SparsemaxMarginalization",
     "StochasticLayer",
     "StraightThrough",

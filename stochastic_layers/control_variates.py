@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from stochastic_layers.baselines import RunningMean, as_of_now, create_baseline, mean_over_all_ranks
-from stochastic_layers.families import CategoricalFamily, Family
+from stochastic_layers.discrete_families import CategoricalFamily
+from stochastic_layers.families import Family
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.registry import register
 from stochastic_layers.subsets import SubsetFamily
@@ -160,7 +161,7 @@ class NVIL(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"``, ``"permutation"`` or ``"gaussian"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         baseline: C; see :class:`~stochastic_layers.Reinforce`.
@@ -182,7 +183,7 @@ class NVIL(StochasticLayer):
         torch.Size([5])
     """
 
-    families = ("bernoulli", "categorical", "subset", "gaussian")
+    families = ("bernoulli", "categorical", "subset", "permutation", "gaussian")
     unbiased = (
         "when normalize=False; otherwise its mean is the exact gradient divided by max(1, running standard deviation)"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.binary_codes import decode_tree, ordered_sticks, tree_logits
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.noise import below, double_uniform
 from stochastic_layers.registry import register

@@ -10,7 +10,7 @@ from stochastic_layers.arms import copula_bits, independence_ratio
 from stochastic_layers.auxiliary import as_drawn
 from stochastic_layers.binary_codes import ordered_sticks
 from stochastic_layers.categorical import one_hot
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
 from stochastic_layers.noise import exponential
 from stochastic_layers.options import check_points, require_two

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochastic_layers.categorical import log_softmax
 from stochastic_layers.layer import Sample, StochasticLayer
-from stochastic_layers.options import MAX_NUMBERS, check_positive_int
+from stochastic_layers.options import MAX_NUMBERS, check_positive_int, in_few_digits
 from stochastic_layers.registry import register
 
 __all__ = ["JOINT", "Enumeration", "JointLayer"]
@@ -27,7 +27,7 @@ class JointLayer(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"permutation"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         max_outcomes: Largest number of joint outcomes that is accepted.
@@ -52,16 +52,14 @@ class JointLayer(StochasticLayer):
         radix = self.family.num_outcomes
         # the exponent is looked at first, so that no astronomical power is computed or printed
         if latent_dim > max_outcomes.bit_length() or radix**latent_dim > max_outcomes:
-            digits = math.log10(radix)
-            count = f" = {radix**latent_dim}" if latent_dim * digits < 18 else ""
-            each = str(radix) if digits < 18 else f"1e{int(digits)}"
-            categories = radix == (num_categories or 2)
-            fits = categories and latent_dim * radix * self.out_features <= MAX_NUMBERS
+            count = f" = {radix**latent_dim}" if latent_dim * math.log10(radix) < 18 else ""
+            per_category = self.family.name in ("bernoulli", "categorical")
+            fits = per_category and latent_dim * radix * self.out_features <= MAX_NUMBERS
             local = "'local_expectation' (one evaluation per category) or " if fits else ""
+            got = f"{in_few_digits(radix)} ** {latent_dim}{count}"
             raise ValueError(
                 f"needed at most max_outcomes={max_outcomes} joint outcomes for {self.name or type(self).__name__!r}, "
-                f"got {each} ** {latent_dim}{count}; use {local}'reinforce' (any size), fewer latent variables, or "
-                "raise max_outcomes."
+                f"got {got}; use {local}'reinforce' (any size), fewer latent variables, or raise max_outcomes."
             )
         self.radix = radix
         self.num_outcomes: int = radix**latent_dim
@@ -104,7 +102,7 @@ class Enumeration(JointLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"permutation"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         max_outcomes: Largest number of outcomes that is accepted.
 
@@ -127,7 +125,7 @@ class Enumeration(JointLayer):
         0.2222222238779068
     """
 
-    families = ("bernoulli", "categorical", "subset")
+    families = ("bernoulli", "categorical", "subset", "permutation")
     unbiased = True
     needs = ("cost",)
     evaluations = JOINT

@@ -8,36 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent
+from torch.distributions import Distribution, Independent
 
 from stochastic_layers.auxiliary import as_drawn
-from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
-from stochastic_layers.noise import below, double_uniform
-from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
 from stochastic_layers.options import check_positive_int
-from stochastic_layers.quadrature import gauss_hermite, product_rule
 from stochastic_layers.registry import nearest
 
-__all__ = [
-    "BernoulliFamily",
-    "CategoricalFamily",
-    "ChoiceFamily",
-    "Family",
-    "GaussianFamily",
-    "create_family",
-    "gaussian_nodes",
-    "register_family",
-    "takes_categories",
-]
+__all__ = ["Family", "create_family", "register_family", "takes_categories"]
 
 MAX_PARAM = 1e18  # its square stays finite in float32, and so do sums and reflections of draws
 MAX_LOG_VARIANCE = 80.0  # exp(80) and its square root stay finite in float32, and so does the KL to a standard normal
-
-
-def _base(q: Distribution) -> Any:
-    """The law of one variable under ``Independent``."""
-    assert isinstance(q, Independent)
-    return q.base_dist
 
 
 class Family(ABC):
@@ -112,6 +92,16 @@ class Family(ABC):
     def mode(self, q: Distribution) -> Tensor:
         """The most probable z ``[*batch, out_features]``."""
 
+    def center(self, q: Distribution) -> Tensor:
+        """Where q lies, some numbers for each latent variable ``[*batch, ...]``: they vary over data if it is active.
+
+        The mean of z; its mode where that has no closed form.
+        """
+        try:
+            return q.mean
+        except NotImplementedError:
+            return self.mode(q)
+
     @abstractmethod
     def standard(self) -> Distribution:
         """The customary prior: batch shape ``[]`` and the event shape of q."""
@@ -173,7 +163,7 @@ class Family(ABC):
             raise ValueError(
                 f"needed a family whose expectations can be computed, got {self.name!r}, which has no nodes()."
             )
-        batch, z = q.batch_shape, self.outcomes(q.mean.dtype)
+        batch, z = q.batch_shape, self.outcomes(self.mode(q).dtype)
         z = z.view(-1, *[1] * len(batch), self.out_features).expand(-1, *batch, -1)
         return z, self.log_prob(q, z).exp()
 
@@ -280,156 +270,6 @@ def register_family(cls: type[Family]) -> type[Family]:
     if _FAMILIES.setdefault(cls.name, cls) is not cls:
         raise ValueError(f"needed a name that is free, got {cls.name!r}, which is already {_FAMILIES[cls.name]}.")
     return cls
-
-
-@register_family
-class BernoulliFamily(Family):
-    """Independent bits; params are logits ``[*batch, latent_dim]``, z is 0 or 1."""
-
-    name = "bernoulli"
-    discrete = True
-
-    def standard(self) -> Distribution:
-        """Fair coins."""
-        return self.distribution(torch.zeros(self.in_features))
-
-    def distribution(self, params: Tensor) -> Distribution:
-        return Independent(Bernoulli(logits=params, validate_args=False), 1, validate_args=False)
-
-    def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        logits = _base(q).logits.detach()
-        if logits.device.type != "cpu":
-            return torch.bernoulli(torch.sigmoid(logits).expand(num_samples, *logits.shape))
-        # the same law, to the last of 53 bits: torch's own loop on a CPU takes up to 2.5 times as long
-        u = double_uniform((num_samples, *logits.shape), logits.device)
-        return below(u, logits.to(u.dtype).sigmoid()).to(logits.dtype)
-
-    def mode(self, q: Distribution) -> Tensor:
-        logits: Tensor = _base(q).logits
-        return (logits > 0).to(logits.dtype)
-
-    @property
-    def num_outcomes(self) -> int:
-        return 2
-
-    def outcome_scores(self, params: Tensor) -> Tensor:
-        return torch.stack([torch.zeros_like(params), params], -1)
-
-    def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        return index.to(dtype)
-
-
-class ChoiceFamily(Family):
-    """Base of families with a logit for each of ``num_categories`` items of a latent variable, and z as ones and zeros.
-
-    Params are ``[*batch, latent_dim * num_categories]``, latent by latent, and so is z.
-    """
-
-    discrete = True
-    takes_categories = True
-
-    @property
-    def in_features(self) -> int:
-        assert self.num_categories is not None
-        return self.latent_dim * self.num_categories
-
-    @property
-    def out_features(self) -> int:
-        return self.in_features
-
-    def unflatten(self, tensor: Tensor) -> Tensor:
-        """``[..., latent_dim * num_categories]`` -> ``[..., latent_dim, num_categories]``."""
-        assert self.num_categories is not None
-        return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.num_categories)
-
-    def standard(self) -> Distribution:
-        """The uniform choice."""
-        return self.distribution(torch.zeros(self.in_features))
-
-
-@register_family
-class CategoricalFamily(ChoiceFamily):
-    """Independent one-hot variables; params are logits ``[*batch, latent_dim * num_categories]``, latent by latent."""
-
-    name = "categorical"
-
-    def distribution(self, params: Tensor) -> Distribution:
-        return Independent(one_hot_categorical(self.unflatten(params)), 1, validate_args=False)
-
-    def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        return self.sample_with_log_prob(q, num_samples)[0]
-
-    def sample_with_log_prob(self, q: Distribution, num_samples: int) -> tuple[Tensor, Callable[[], Tensor]]:
-        law = _base(q)
-        index = draw_index(law.probs, num_samples)
-        return one_hot(index, law.probs).flatten(-2), lambda: log_prob_of_index(law, index).sum(-1)
-
-    def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
-        # linear in z, so that it is also defined (as the multilinear extension) on the relaxed points of a simplex
-        result: Tensor = (self.unflatten(z) * _base(q).logits).sum((-2, -1))
-        return result
-
-    def mode(self, q: Distribution) -> Tensor:
-        logits: Tensor = _base(q).logits
-        return one_hot(logits.argmax(-1, keepdim=True), logits).flatten(-2)
-
-    @property
-    def num_outcomes(self) -> int:
-        assert self.num_categories is not None
-        return self.num_categories
-
-    def outcome_scores(self, params: Tensor) -> Tensor:
-        return self.unflatten(params)
-
-    def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        like = torch.empty(self.num_outcomes, dtype=dtype, device=index.device)
-        return one_hot(index.unsqueeze(-1), like).flatten(-2)
-
-
-@register_family
-class GaussianFamily(Family):
-    """Diagonal Gaussian; params are the loc, then the log-variance: ``[*batch, 2 * latent_dim]``."""
-
-    name = "gaussian"
-    discrete = False
-    parts = ("loc", "log_variance")
-
-    def check(self, params: Tensor, low: float, high: float) -> None:
-        super().check(params, low, high)
-        if max(-low, high) > MAX_LOG_VARIANCE:  # cheap: the exact look is needed only then
-            extreme = float(params[..., self.latent_dim :].abs().max())
-            if extreme > MAX_LOG_VARIANCE:
-                raise ValueError(
-                    f"needed log-variances between -{MAX_LOG_VARIANCE:g} and {MAX_LOG_VARIANCE:g}, got one of "
-                    f"magnitude {extreme:.3g}, whose variance or KL overflows; the second half of params is the "
-                    "log-variance, not the scale. Clamp it or lower the learning rate."
-                )
-
-    def standard(self) -> Distribution:
-        """The standard normal."""
-        return DiagonalNormal(StandardNormal(torch.zeros(self.latent_dim), torch.ones(self.latent_dim)))
-
-    def distribution(self, params: Tensor) -> Distribution:
-        return DiagonalNormal(LogVarianceNormal(*params.chunk(2, -1)))
-
-    def sample(self, q: Distribution, num_samples: int) -> Tensor:
-        return q.sample(torch.Size((num_samples,)))
-
-    def mode(self, q: Distribution) -> Tensor:
-        return q.mean
-
-    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
-        x, weights = gaussian_nodes(_base(q).loc, 6 + 4 * refinement)  # exact for polynomials of degree up to 11
-        return _base(q).loc + _base(q).scale * x, weights
-
-
-def gaussian_nodes(like: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Standard normal nodes ``[N, *batch, D]`` and their weights ``[N, *batch]`` for a tensor ``[*batch, D]``."""
-    points, weights = product_rule(*gauss_hermite(count), like.shape[-1])
-    batch = like.shape[:-1]
-    shape = (-1, *[1] * len(batch))
-    x = points.to(like.dtype).view(*shape, like.shape[-1]).expand(-1, *like.shape)
-    return x, weights.to(like.dtype).view(shape).expand(-1, *batch)
 
 
 def create_family(family: str | Mapping[str, Any], latent_dim: int, num_categories: int | None = None) -> Family:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, constraints
 
 from stochastic_layers.continuous_families import ContinuousFamily
-from stochastic_layers.families import MAX_LOG_VARIANCE, gaussian_nodes, register_family
+from stochastic_layers.families import MAX_LOG_VARIANCE, register_family
+from stochastic_layers.gaussian_families import gaussian_nodes
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.registry import register

@@ -1,4 +1,4 @@
-"""Gaussian families with a covariance: any, or diagonal plus low rank."""
+"""Gaussian families: diagonal, with any covariance, and with one that is diagonal plus low rank."""
 
 from __future__ import annotations
 
@@ -8,14 +8,64 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, LowRankMultivariateNormal, MultivariateNormal
+from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal
 
 from stochastic_layers.continuous_families import ContinuousFamily, standard_normal
-from stochastic_layers.families import MAX_LOG_VARIANCE, gaussian_nodes, register_family
+from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
 from stochastic_layers.noise import normal
+from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal, StandardNormal
 from stochastic_layers.options import check_positive_int
+from stochastic_layers.quadrature import gauss_hermite, product_rule
 
-__all__ = ["FullGaussianFamily", "LowRankGaussianFamily"]
+__all__ = ["FullGaussianFamily", "GaussianFamily", "LowRankGaussianFamily", "gaussian_nodes"]
+
+
+@register_family
+class GaussianFamily(Family):
+    """Diagonal Gaussian; params are the loc, then the log-variance: ``[*batch, 2 * latent_dim]``."""
+
+    name = "gaussian"
+    discrete = False
+    parts = ("loc", "log_variance")
+
+    def check(self, params: Tensor, low: float, high: float) -> None:
+        super().check(params, low, high)
+        if max(-low, high) > MAX_LOG_VARIANCE:  # cheap: the exact look is needed only then
+            extreme = float(params[..., self.latent_dim :].abs().max())
+            if extreme > MAX_LOG_VARIANCE:
+                raise ValueError(
+                    f"needed log-variances between -{MAX_LOG_VARIANCE:g} and {MAX_LOG_VARIANCE:g}, got one of "
+                    f"magnitude {extreme:.3g}, whose variance or KL overflows; the second half of params is the "
+                    "log-variance, not the scale. Clamp it or lower the learning rate."
+                )
+
+    def standard(self) -> Distribution:
+        """The standard normal."""
+        return DiagonalNormal(StandardNormal(torch.zeros(self.latent_dim), torch.ones(self.latent_dim)))
+
+    def distribution(self, params: Tensor) -> Distribution:
+        return DiagonalNormal(LogVarianceNormal(*params.chunk(2, -1)))
+
+    def sample(self, q: Distribution, num_samples: int) -> Tensor:
+        return q.sample(torch.Size((num_samples,)))
+
+    def mode(self, q: Distribution) -> Tensor:
+        return q.mean
+
+    def nodes(self, q: Distribution, refinement: int = 0) -> tuple[Tensor, Tensor]:
+        assert isinstance(q, Independent)
+        law: Any = q.base_dist
+        x, weights = gaussian_nodes(law.loc, 6 + 4 * refinement)  # exact for polynomials of degree up to 11
+        return law.loc + law.scale * x, weights
+
+
+def gaussian_nodes(like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Standard normal nodes ``[N, *batch, D]`` and their weights ``[N, *batch]`` for a tensor ``[*batch, D]``."""
+    points, weights = product_rule(*gauss_hermite(count), like.shape[-1])
+    batch = like.shape[:-1]
+    shape = (-1, *[1] * len(batch))
+    x = points.to(like.dtype).view(*shape, like.shape[-1]).expand(-1, *like.shape)
+    return x, weights.to(like.dtype).view(shape).expand(-1, *batch)
 
 
 class _MultivariateGaussian(ContinuousFamily):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import draw_index, one_hot, put, tempered_softmax
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.noise import exponential, uniform
 from stochastic_layers.options import check_positive, check_positive_int

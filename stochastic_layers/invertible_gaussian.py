@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
 
-from stochastic_layers.families import MAX_LOG_VARIANCE, Family, gaussian_nodes, register_family
+from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
+from stochastic_layers.gaussian_families import gaussian_nodes
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.noise import normal
 from stochastic_layers.options import check_temperature

@@ -15,6 +15,7 @@ __all__ = [
     "check_positive_int",
     "check_temperature",
     "check_values",
+    "in_few_digits",
     "require_two",
 ]
 
@@ -37,6 +38,12 @@ def check_positive_int(name: str, value: object, advice: str = "", *, least: int
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"needed {name} >= {least}, got {value!r}{'; ' if advice else ''}{advice}.")
     return value
+
+
+def in_few_digits(number: int) -> str:
+    """A positive whole number for a message; Python refuses to write out those of thousands of digits."""
+    digits = math.log10(number)
+    return str(number) if digits < 18 else f"1e{int(digits)}"
 
 
 def check_positive(name: str, value: float, advice: str = "", *, or_zero: bool = False) -> float:

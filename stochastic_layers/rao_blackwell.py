@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.categorical import draw_categorical, log_softmax, one_hot, softmax
-from stochastic_layers.families import CategoricalFamily
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.options import check_points
 from stochastic_layers.registry import register

@@ -17,7 +17,8 @@ from stochastic_layers.control_variates import (
     joined,
     mean_point,
 )
-from stochastic_layers.families import CategoricalFamily, Family
+from stochastic_layers.discrete_families import CategoricalFamily
+from stochastic_layers.families import Family
 from stochastic_layers.layer import Sample, sum_rightmost
 from stochastic_layers.noise import log_exponential, logistic
 from stochastic_layers.registry import register

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.layer import Sample, StochasticLayer, sum_rightmost
+from stochastic_layers.options import in_few_digits
 from stochastic_layers.point_mass import QuantizedFamily
 from stochastic_layers.preserved import preserved, seed_generators
 from stochastic_layers.redraws import MAX_BYTES, CostOfSample, Draw, SavedBytes, redraw
@@ -123,7 +124,8 @@ def _enumerable(
     event = tuple(batch[max(cost.dim() - 2, 0) :])
     exponent = layer.latent_dim * math.prod(event)
     if exponent > max_outcomes.bit_length() or radix**exponent > max_outcomes:
-        return f"needed at most max_outcomes={max_outcomes} joint outcomes, got {radix} ** {exponent}", event
+        outcomes = f"{in_few_digits(radix)} ** {exponent}"
+        return f"needed at most max_outcomes={max_outcomes} joint outcomes, got {outcomes}", event
     return "", event
 
 

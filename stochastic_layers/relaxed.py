@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import one_hot, softmax, tempered_softmax
-from stochastic_layers.families import CategoricalFamily, Family
+from stochastic_layers.discrete_families import CategoricalFamily
+from stochastic_layers.families import Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.noise import log_exponential, logistic
 from stochastic_layers.options import check_temperature

@@ -26,7 +26,7 @@ class Reinforce(StochasticLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"``, ``"permutation"`` or ``"gaussian"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         baseline: ``"none"``, ``"moving_average"``, ``"learned"``, ``"leave_one_out"``, a mapping such as
@@ -50,7 +50,7 @@ class Reinforce(StochasticLayer):
         (torch.Size([4, 5, 3]), torch.Size([5]), torch.Size([5, 3]))
     """
 
-    families = ("bernoulli", "categorical", "subset", "gaussian")
+    families = ("bernoulli", "categorical", "subset", "permutation", "gaussian")
     unbiased = True
     needs = ("cost",)
     independent_draws = True
@@ -108,7 +108,7 @@ class Dice(Reinforce):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"``, ``"permutation"`` or ``"gaussian"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example.
         baseline: See :class:`Reinforce`.
@@ -151,7 +151,7 @@ class LeaveOneOutReinforce(Reinforce):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"gaussian"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"``, ``"permutation"`` or ``"gaussian"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number S of draws per example, at least 2.
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from stochastic_layers.categorical import one_hot_categorical
+from stochastic_layers.discrete_families import CategoricalFamily
 from stochastic_layers.exact import JointLayer
-from stochastic_layers.families import CategoricalFamily
 from stochastic_layers.layer import Sample
 from stochastic_layers.registry import register
 from stochastic_layers.simplex_maps import sparsemax

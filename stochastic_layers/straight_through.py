@@ -11,7 +11,8 @@ from torch.distributions import Distribution
 
 from stochastic_layers.auxiliary import kernels_usable, with_value
 from stochastic_layers.categorical import draw_index, one_hot, softmax, softmax_gradient
-from stochastic_layers.families import CategoricalFamily, Family
+from stochastic_layers.discrete_families import CategoricalFamily
+from stochastic_layers.families import Family
 from stochastic_layers.layer import Sample, StochasticLayer
 from stochastic_layers.options import check_temperature
 from stochastic_layers.registry import register

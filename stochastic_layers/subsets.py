@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints, register_kl
 from torch.nn import functional
 
-from stochastic_layers.families import ChoiceFamily, register_family
+from stochastic_layers.discrete_families import ChoiceFamily
+from stochastic_layers.families import register_family
 from stochastic_layers.noise import double_uniform
 from stochastic_layers.options import check_positive_int
 from stochastic_layers.run_tables import halves, outside, paired

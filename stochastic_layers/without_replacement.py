@@ -37,7 +37,7 @@ class SumAndSample(JointLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"permutation"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_exact: Number k of outcomes summed exactly.
         num_samples: Number m of draws from the rest. With k + m outcomes or fewer in all, all are summed: exact.
@@ -59,7 +59,7 @@ class SumAndSample(JointLayer):
         (torch.Size([4, 5, 16]), [0.0625, 0.0625, 0.0625, 0.8125])
     """
 
-    families = ("bernoulli", "categorical", "subset")
+    families = ("bernoulli", "categorical", "subset", "permutation")
     unbiased = True
     needs = ("cost",)
     evaluations = f"min(num_exact + num_samples, {JOINT})"
@@ -169,7 +169,7 @@ class UnorderedSet(JointLayer):
 
     Args:
         latent_dim: Number of latent variables.
-        family: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        family: ``"bernoulli"``, ``"categorical"``, ``"subset"`` or ``"permutation"``.
         num_categories: Number of categories of a categorical variable, or of items to choose from.
         num_samples: Number k of distinct outcomes, at most 10; where there are fewer in all, all are taken.
         baseline: ``"built_in"`` or ``"none"``.
@@ -191,7 +191,7 @@ class UnorderedSet(JointLayer):
         (torch.Size([3, 7, 10]), True)
     """
 
-    families = ("bernoulli", "categorical", "subset")
+    families = ("bernoulli", "categorical", "subset", "permutation")
     unbiased = True
     needs = ("cost",)
     evaluations = f"min(num_samples, {JOINT})"

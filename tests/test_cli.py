@@ -341,6 +341,12 @@ def test_mistakes_end_in_one_clear_line(run, args, message):
         (b"- model", "got a list"),
         (b"model", "got a str"),
         (b"\xff\xfe", "needed a text file of options, got other bytes"),
+        (
+            b"model:\n  layer: gaussian\n bad: 1",
+            "config.yaml, line 3: needed YAML, got what is none (expected",
+        ),
+        (b"model: {layer: gaussian", "config.yaml, line 1: needed YAML"),
+        (b'model: "\x01"', "config.yaml: needed YAML, got what is none (unacceptable character #x0001"),
     ],
 )
 @pytest.mark.parametrize("command", ["fit", "compare"])
@@ -348,7 +354,7 @@ def test_a_configuration_file_without_options_is_named(run, tmp_path, command, c
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         run(command, "--data=Digits", "--config=config.yaml")
-    assert str(stop.value.code).startswith("stochastic-layers: config.yaml: ") and message in str(stop.value.code)
+    assert str(stop.value.code).startswith("stochastic-layers: config.yaml") and message in str(stop.value.code)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stochastic_layers as sl
-from stochastic_layers.families import BernoulliFamily
+from stochastic_layers.discrete_families import BernoulliFamily
 from stochastic_layers.registry import layer_class
 from stochastic_layers.score_function import Reinforce
 from stochastic_layers.straight_through import StraightThrough

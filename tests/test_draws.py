@@ -12,7 +12,6 @@ import stochastic_layers as sl
 from stochastic_layers import categorical, noise
 from stochastic_layers.auxiliary import with_value
 from stochastic_layers.categorical import (
-    _count,
     draw_categorical,
     draw_index,
     log_prob_of_index,
@@ -48,6 +47,7 @@ def levels(request, monkeypatch):
         monkeypatch.setattr(categorical, "SMALL", 0)
     if request.param == "two levels, many rows":
         monkeypatch.setattr(categorical, "FEW", 0)
+        monkeypatch.setattr(categorical, "BISECTED", (0, math.inf))
 
 
 def count(probs, num_draws, step=20_000):
@@ -108,11 +108,18 @@ def test_extreme_probabilities_draw_no_category_without_mass(dtype, categories, 
     assert draw_categorical(torch.zeros(0, categories), 3).shape == (3, 0, categories)
 
 
-@pytest.mark.parametrize("width", [3, 8, 16, 248, 256, 264])  # one word, several, the largest that fits, and beyond
-def test_marks_are_counted_as_their_sum(width):
-    marks = torch.arange(width) < torch.randint(width, (500, 2, 1))  # as in an inversion, at least one is False
-    marks[0], marks[1] = False, torch.arange(width) < width - 1
-    assert torch.equal(_count(marks.clone()), marks.sum(-1))
+@pytest.mark.parametrize("draws", [1, 3])
+def test_bisection_and_a_look_at_all_sums_choose_the_same(draws, monkeypatch):
+    # sums of few bits, and uniforms that meet them
+    monkeypatch.setattr(categorical, "double_uniform", lambda shape, device: torch.randint(8, shape) / 8.0)
+    probs = torch.randint(3, (500, 2, 9)).float()
+    probs[..., 4] += 1
+    found = []
+    for limits in ((math.inf, 0), (0, math.inf)):
+        monkeypatch.setattr(categorical, "BISECTED", limits)
+        torch.manual_seed(0)
+        found.append(draw_index(probs, draws))
+    assert torch.equal(*found) and bool((probs.expand(draws, -1, -1, -1).gather(-1, found[0]) > 0).all())
 
 
 def test_several_ones_in_a_row_are_set_where_told():

@@ -16,6 +16,7 @@ TINY = {
     "feature_selection": ["--steps", "2", "--seeds", "1"],
     "hard_attention": ["--steps", "2"],
     "image_codes": ["--epochs", "1", "--prior-steps", "2", "--layer", "vq", "rotation_trick", "simvq", "fsq"],
+    "job_order": ["--steps", "2", "--seeds", "1"],
     "mixture_of_experts": ["--steps", "2", "--seeds", "1"],
     "rollouts": ["--iterations", "2", "--seeds", "1"],
 }
@@ -90,3 +91,10 @@ def test_designs_come_close_to_the_best(tmp_path):
     optimum = simulator.best()
     curve, best = program["search"]("disarm", simulator, 1000, 0)
     assert curve[-1][1] > 0.85 * optimum > curve[0][1] and 0.93 * optimum < best <= optimum * (1 + 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["leave_one_out", "soft_sort"])
+def test_jobs_are_put_in_nearly_the_best_order(name, tmp_path):
+    program = run("job_order", TINY["job_order"], tmp_path)
+    assert program["train"](name, 0, 0)[1] > 1.2 and 1 <= program["train"](name, 400, 0)[1] < 1.02

@@ -92,20 +92,25 @@ def test_flipping_a_bit_and_walking_categories_decodes_just_that():
     torch.testing.assert_close(result.images[1, 0, 3], model.likelihood.mean(model.decode(z.view(1, 10)))[0])
 
 
-def test_a_choice_of_several_items_walks_over_whole_choices():
+@pytest.mark.parametrize(
+    ("name", "family", "size"),
+    [("straight_through", {"name": "subset", "size": 3}, 5), ("leave_one_out", "permutation", 9)],
+)
+def test_a_choice_of_several_items_walks_over_whole_choices(name, family, size):
     torch.manual_seed(0)
     seen = []
 
     class Identity(nn.Module):
         def forward(self, z):
             seen.append(z)
-            return z.view(-1, 1, 2, 5)
+            return z.view(-1, 1, 2, size)
 
-    options = {"latent_dim": 2, "num_categories": 5, "family": {"name": "subset", "size": 3}}
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(10, 10))
-    model = VAE("straight_through", options, data_shape=(1, 2, 5), encoder=encoder, decoder=Identity()).eval()
-    traversal(model, torch.rand(20, 1, 2, 5), columns=4)
-    assert bool((torch.cat(seen).view(-1, 2, 5).sum(-1) == 3).all())
+    items = 5 if size == 5 else 3
+    options = {"latent_dim": 2, "num_categories": items, "family": family}
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(2 * size, 2 * items))
+    model = VAE(name, options, data_shape=(1, 2, size), encoder=encoder, decoder=Identity()).eval()
+    traversal(model, torch.rand(20, 1, 2, size), columns=4)
+    assert bool((torch.cat(seen).view(-1, 2, size).sum(-1) == 3).all())
 
 
 def test_a_continuous_unit_walks_over_the_range_of_its_posterior():

@@ -182,7 +182,7 @@ def options(name):
     families = sl.describe(name).families
     if "categorical" in families:
         return {"latent_dim": 2, "family": "categorical", "num_categories": 4}
-    return {"latent_dim": 2} | ({"num_categories": 4} if families == ("invertible_gaussian",) else {})
+    return {"latent_dim": 2} | ({"num_categories": 4} if sl.families.takes_categories(families[0]) else {})
 
 
 @pytest.mark.parametrize("name", LAYERS)

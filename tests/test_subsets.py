@@ -9,6 +9,7 @@ import torch
 from torch.distributions import Categorical, OneHotCategorical, kl_divergence
 
 import stochastic_layers as sl
+from lightning_modules import VAE
 from stochastic_layers import run_tables
 from stochastic_layers.diagnostics import gradient_statistics
 from stochastic_layers.families import create_family
@@ -305,6 +306,15 @@ def test_a_layer_says_how_to_build_it_again():
     assert layer.family.spec == {"name": "subset", "size": 2}
     assert copy.deepcopy(layer).family.spec == layer.family.spec
     assert [name for name in sl.list_layers(family="subset") if "subset" not in layer_class(name).families] == []
+
+
+def test_use_of_the_items_is_measured_by_their_probabilities():
+    model = VAE("straight_through", {"latent_dim": 1, "family": {"name": "subset", "size": 2}, "num_categories": 5})
+    metrics, logits = model.evaluation("val"), torch.tensor([9.0, 9.0, -9.0, -9.0, -9.0])
+    for params in (logits.repeat(3, 1), logits.roll(2).repeat(3, 1)):  # the first two, then the next two
+        bound = {"kl": torch.zeros(3), "reconstruction": torch.zeros(3)}
+        metrics.update(bound, None, model.layer.distribution(params), params, None)
+    assert float(metrics.perplexity.compute()) == pytest.approx(4, rel=1e-4)
 
 
 def test_a_model_that_must_choose_learns_which_items_matter():

@@ -34,7 +34,7 @@ def traversal(model: LatentVariableModel[object], x: Tensor, columns: int = 10, 
     """Set the most active units of the first layer to each of their values, one unit at a time.
 
     The values of a bit are 0 and 1; of a one-hot vector, its categories; of a vector on the simplex, the corners; of
-    another discrete unit, the most frequent ones at the data (its codes, subsets, counts); of a continuous unit,
+    another discrete unit, the most frequent ones at the data (codes, subsets, orders, counts); of a continuous unit,
     quantiles from 2 to 98 % of draws of q at the data, which are those of the prior where the unit is inactive. Where a
     unit has few values, further examples stand beside the first. Latents at positions are set at all positions at once.
 
@@ -59,7 +59,7 @@ def traversal(model: LatentVariableModel[object], x: Tensor, columns: int = 10, 
     units = sorted(activity.topk(min(rows, layer.latent_dim)).indices.tolist())
     if family.name == "bernoulli":
         every, names = torch.eye(2)[1:].t().expand(len(units), 2, 1), ["0", "1"]
-    elif size > 1 and family.name not in ("quantized", "subset"):
+    elif size > 1 and (family.name == "categorical" or not family.discrete):
         every, names = torch.eye(size).expand(len(units), size, size), [str(i) for i in range(size)]
     elif family.discrete:
         every = _most_frequent([draws[..., unit, :].reshape(-1, size) for unit in units], columns)
