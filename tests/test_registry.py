@@ -31,6 +31,14 @@ def test_an_unknown_name_names_the_nearest():
         sl.describe("reinforc")
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"), [("RLOO", "leave_one_out"), ("vargrad", "leave_one_out"), ("normal", "gaussian"), ("REBAR", "rebar")]
+)
+def test_a_name_of_the_papers_names_the_layer(name, layer):
+    with pytest.raises(ValueError, match=f"got {name!r}; did you mean '{layer}'"):
+        sl.create(name, latent_dim=2)
+
+
 def test_a_name_like_no_other_lists_them_all():
     with pytest.raises(ValueError, match=r"valid names: .*'gaussian'.*'reinforce'"):
         sl.create("xyzzy", latent_dim=2)
