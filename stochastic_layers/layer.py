@@ -96,8 +96,8 @@ class Sample:
         if not isinstance(cost, Tensor) or not cost.is_floating_point():
             got = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
             raise ValueError(
-                f"needed a floating-point cost of shape {list(expected)}, got {got}; convert it, cost.float() or, of an "
-                "array, torch.as_tensor(cost).float()."
+                f"needed a floating-point cost of shape {list(expected)}, got {got}; convert it, cost.float() or, of "
+                "an array, torch.as_tensor(cost).float()."
             )
         ndim = cost.dim()
         if ndim < min(len(expected), 2) or cost.shape != expected[:ndim]:

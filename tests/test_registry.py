@@ -32,7 +32,8 @@ def test_an_unknown_name_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("RLOO", "leave_one_out"), ("vargrad", "leave_one_out"), ("normal", "gaussian"), ("REBAR", "rebar")]
+    ("name", "layer"),
+    [("RLOO", "leave_one_out"), ("vargrad", "leave_one_out"), ("normal", "gaussian"), ("REBAR", "rebar")],
 )
 def test_a_name_of_the_papers_names_the_layer(name, layer):
     with pytest.raises(ValueError, match=f"got {name!r}; did you mean '{layer}'"):
