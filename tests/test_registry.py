@@ -237,3 +237,11 @@ def test_a_layer_prints_its_options():
         sl.create("straight_through", latent_dim=2, family="categorical", num_categories=4)
     )
     assert "num_categories" not in repr(sl.create("straight_through", latent_dim=2))
+
+
+@pytest.mark.parametrize(("name", "options"), [("hard_concrete", {}), ("invertible_gaussian", {"num_categories": 3})])
+def test_a_temperature_that_is_part_of_the_law_is_shown_and_cannot_be_annealed_in_vain(name, options):
+    layer = sl.create(name, latent_dim=2, temperature=0.25, **options)
+    assert "temperature=0.25" in repr(layer)
+    with pytest.raises(AttributeError):
+        layer.temperature = 0.1
