@@ -149,6 +149,10 @@ def layer_class(name: str) -> type[StochasticLayer]:
         ValueError: No layer has this name; the message names the nearest ones, or says why an installed package could
             not provide it.
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"needed the name of a registered layer, got {name!r}; build a layer of a class by calling it."
+        )
     if name not in _LAYERS:
         _load_entry_points()
     if name not in _LAYERS:
