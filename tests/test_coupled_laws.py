@@ -10,7 +10,7 @@ from scipy import special, stats
 
 import stochastic_layers as sl
 from stochastic_layers import arms as copulas
-from stochastic_layers import coupled, coupled_categorical, families
+from stochastic_layers import coupled, coupled_categorical, discrete_families
 from stochastic_layers.binary_codes import decode_sticks, decode_tree, ordered_sticks, stick_logits, tree_logits
 
 
@@ -31,7 +31,7 @@ def test_latents_of_one_point_are_independent(name, latent_dim):
 def test_what_happens_once_in_a_billion_draws_happens_when_its_noise_comes_up(name, sign, monkeypatch):
     logits = torch.tensor(sign * math.log(1e9)).expand(4)  # in float32 a sigmoid of it is 1e-9, or 1
     u = torch.tensor([0.5e-9, 2e-9, 1 - 0.5e-9, 1 - 2e-9], dtype=torch.float64)
-    for module in (coupled, families):
+    for module in (coupled, discrete_families):
         monkeypatch.setattr(module, "double_uniform", lambda shape, device: u.expand(shape).clone())
     noise = torch.stack([torch.ones(4), torch.tensor([0.5e-9, 2e-9, 1.0, 1.0])])
     monkeypatch.setattr(copulas, "exponential", lambda shape, like: noise)
