@@ -134,10 +134,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         """Refuse a batch that is not ``[B, *data_shape]``.
 
         Raises:
-            ValueError: It has another shape, is of another precision, holds integers, or is no tensor.
+            ValueError: It has another shape, is of another precision, or holds integers.
         """
-        if not isinstance(x, Tensor):
-            raise ValueError(f"needed batches x or (x, ...), got {type(x).__name__}; give the loader a collate_fn.")
         if not x.is_floating_point():
             raise ValueError(f"needed floating-point data, got {x.dtype}; convert them, x.float() or x.float() / 255.")
         if (x.dtype == torch.float64) != (self.dtype == torch.float64):
@@ -148,7 +146,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         if x.shape[1:] != self.data_shape:
             raise ValueError(
                 f"needed data [N, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}; build the model with "
-                f"data_shape={tuple(x.shape[1:])}."
+                f"data_shape={tuple(x.shape[1:])}; the command line takes it from the attribute data_shape of the data "
+                "module."
             )
 
     @property
@@ -396,6 +395,12 @@ def step_is_due(trainer: Trainer, every: int) -> bool:
 
 
 def data_of(batch: Any) -> Tensor:
-    """The data x of a batch ``(x, ...)`` or x."""
-    x: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+    """The data x of a batch ``(x, ...)`` or x.
+
+    Raises:
+        ValueError: The batch is neither.
+    """
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(x, Tensor):
+        raise ValueError(f"needed batches x or (x, ...), got {type(x).__name__}; give the loader a collate_fn.")
     return x

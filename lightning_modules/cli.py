@@ -12,7 +12,7 @@ from typing import Any, cast
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -25,7 +25,6 @@ from lightning_modules.callbacks.codes import LatentCodes
 from lightning_modules.callbacks.pictures import run_folder
 from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.configuration import names_data
-from lightning_modules.data import ImageDataModule
 from lightning_modules.resuming import check_agreement, check_weights, newest_best, options_of_data, options_of_model
 from lightning_modules.sweeps import TrialRecord
 from lightning_modules.terminal import sentence
@@ -176,7 +175,8 @@ class CLI(LightningCLI):
         if config.likelihood == "auto":
             module, _, name = data.class_path.rpartition(".")
             levels: int | None = getattr(getattr(import_module(module), name), "levels", None)
-            if data.init_args.get("binarization") == "none" and levels is not None:
+            options = data.get("init_args") or {}  # a class that has no options has none of them
+            if options.get("binarization") == "none" and levels is not None:
                 config.likelihood = {"name": "discretized_logistic", "num_levels": levels + 1}
             else:
                 config.likelihood = "bernoulli"
@@ -302,7 +302,7 @@ def main(args: list[str] | None = None) -> None:
             restrict_imports()
             CLI(
                 VAE,
-                ImageDataModule,
+                LightningDataModule,
                 default_data=not names_data(words),
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,

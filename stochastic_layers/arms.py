@@ -166,6 +166,7 @@ class ARMS(StochasticLayer):
         self.copula = copula
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
+        require_two(self.num_samples)  # the attribute may have been set since
         gaussian = self.copula == "gaussian"
         draw, ratio = (
             (gaussian_copula_bits, gaussian_independence_ratio) if gaussian else (copula_bits, independence_ratio)

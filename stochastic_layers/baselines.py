@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stochastic_layers.auxiliary import eager_on_cpu
-from stochastic_layers.options import check_positive_int
+from stochastic_layers.options import check_positive_int, require_two
 from stochastic_layers.recomputation import refuse_recomputation
 from stochastic_layers.registry import nearest
 from stochastic_layers.running_state import RunningState
@@ -64,6 +64,7 @@ class LeaveOneOut(Baseline):
     min_samples = 2
 
     def forward(self, cost: Tensor, context: Tensor) -> Tensor:
+        require_two(cost.shape[0])  # the layer's attribute may have been set since it was checked
         first = cost[:1]
         rest = cost - first  # so that the baseline of a constant cost is that cost exactly, whatever its rounding
         return first + (rest.sum(0, keepdim=True) - rest) / (cost.shape[0] - 1)

@@ -98,6 +98,7 @@ class CARMS(StochasticLayer):
         assert isinstance(self.family, CategoricalFamily)
         logits = self.family.unflatten(params)
         count = self.num_samples
+        require_two(count)  # the attribute may have been set since
         sticks, decode = ordered_sticks(logits.detach(), "ascending")
         bits = copula_bits(sticks, count)
         z, reached = decode(bits)  # [K, *batch, L, C], [K, *batch, L, C - 1]

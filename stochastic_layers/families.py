@@ -167,6 +167,12 @@ class Family(ABC):
         z = z.view(-1, *[1] * len(batch), self.out_features).expand(-1, *batch, -1)
         return z, self.log_prob(q, z).exp()
 
+    @property
+    def _advice(self) -> str:
+        """What to do about params that are not finite, or too large."""
+        mask = "; mask logits with -1e4 instead of -inf" if self.num_outcomes else ""
+        return f"look at the network before the layer (learning rate, input scale, gradient clipping){mask}."
+
     def check(self, params: Tensor, low: float, high: float) -> None:
         """Refuse params that have no finite law; ``low`` and ``high`` are their extremes.
 
@@ -176,13 +182,12 @@ class Family(ABC):
         if not (low > -float("inf") and high < float("inf")):
             bad = int((~torch.isfinite(params)).sum())
             raise ValueError(
-                f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; look at the network "
-                "before the layer (learning rate, input scale, gradient clipping)."
+                f"needed finite params, got {bad} NaN or infinite values in {list(params.shape)}; {self._advice}"
             )
         if max(-low, high) > MAX_PARAM:
             raise ValueError(
                 f"needed params of magnitude at most {MAX_PARAM:g}, got {max(-low, high):.3g}, whose square overflows "
-                "in float32; look at the network before the layer."
+                f"in float32; {self._advice}"
             )
 
     def prepare(self, params: Tensor | Sequence[Tensor]) -> Tensor:
@@ -218,11 +223,13 @@ class Family(ABC):
                 "convert with .float()."
             )
         if params.dim() < 1 or params.shape[-1] != self.in_features:
+            channels = params.dim() > 2 and params.shape[1] == self.in_features
             raise ValueError(
                 f"needed params [*batch, {self.in_features}] for family {self.name!r} with latent_dim="
                 f"{self.latent_dim}"
                 + (f" and num_categories={self.num_categories}" if self.num_categories else "")
-                + f", got {list(params.shape)}; size the layer before by layer.in_features."
+                + f", got {list(params.shape)}; "
+                + ("wrap the layer in sl.ChannelsFirst." if channels else "size the layer before by layer.in_features.")
             )
         if params.dtype in (torch.float16, torch.bfloat16):
             params = params.float()

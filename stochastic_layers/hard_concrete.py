@@ -195,6 +195,19 @@ class HardConcrete(StochasticLayer):
         q = self.law(params)
         return self._sample(q, q.rsample(torch.Size((self.num_samples,))))
 
+    @property
+    def temperature(self) -> float:
+        """Temperature of the law; it cannot be set."""
+        return self._law.temperature
+
+    @property
+    def _law(self) -> HardConcreteFamily:
+        assert isinstance(self.family, HardConcreteFamily)
+        return self.family
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, temperature={self.temperature:.4g}, stretch={self._law.stretch}"
+
     def nonzero_probability(self, params: Tensor) -> Tensor:
         """P(z != 0) of each gate ``[*batch, latent_dim]``, differentiable; its sum is the expected L0 norm."""
         return -torch.expm1(gates(self.distribution(params)).log_prob_zero)

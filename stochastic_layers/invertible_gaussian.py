@@ -203,3 +203,12 @@ class InvertibleGaussian(StochasticLayer):
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
         return self._sample(q, self.family.rsample(q, self.num_samples))
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the law; it cannot be set."""
+        assert isinstance(self.family, InvertibleGaussianFamily)
+        return self.family.temperature
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, temperature={self.temperature:.4g}"

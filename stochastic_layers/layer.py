@@ -95,7 +95,10 @@ class Sample:
         expected = (self.z.shape[0], *self.q.batch_shape)
         if not isinstance(cost, Tensor) or not cost.is_floating_point():
             got = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
-            raise ValueError(f"needed a floating-point cost of shape {list(expected)}, got {got}.")
+            raise ValueError(
+                f"needed a floating-point cost of shape {list(expected)}, got {got}; convert it, cost.float() or, of "
+                "an array, torch.as_tensor(cost).float()."
+            )
         ndim = cost.dim()
         if ndim < min(len(expected), 2) or cost.shape != expected[:ndim]:
             raise ValueError(

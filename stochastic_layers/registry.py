@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -59,8 +60,21 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
-        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+        return _question(close)
     return "valid names: " + ", ".join(repr(n) for n in names) + "."
+
+
+def _question(names: Iterable[str]) -> str:
+    return "did you mean " + " or ".join(repr(name) for name in names) + "?"
+
+
+def _meant(name: str) -> str:
+    """As :func:`nearest` of the layers; what has another name in the papers is found by the layers' summaries."""
+    word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+    known_as = sorted(other for other, cls in _LAYERS.items() if word.search(_summary(cls)))
+    if 0 < len(known_as) <= 3 and not difflib.get_close_matches(name.lower(), _LAYERS, cutoff=0.8):
+        return _question(known_as)
+    return nearest(name.lower(), _LAYERS)
 
 
 def register(name: str) -> Callable[[_Layer], _Layer]:
@@ -124,6 +138,10 @@ def _load_entry_points() -> None:
             )
 
 
+def _summary(cls: type[StochasticLayer]) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
 def layer_class(name: str) -> type[StochasticLayer]:
     """The class registered under ``name``.
 
@@ -131,10 +149,14 @@ def layer_class(name: str) -> type[StochasticLayer]:
         ValueError: No layer has this name; the message names the nearest ones, or says why an installed package could
             not provide it.
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"needed the name of a registered layer, got {name!r}; build a layer of a class by calling it."
+        )
     if name not in _LAYERS:
         _load_entry_points()
     if name not in _LAYERS:
-        reason = _BROKEN.get(name, nearest(name, _LAYERS))
+        reason = _BROKEN.get(name) or _meant(name)
         raise ValueError(f"needed the name of a registered layer, got {name!r}; {reason}")
     return _LAYERS[name]
 
@@ -220,5 +242,5 @@ def describe(name: str) -> Description:
         evaluations=cls.evaluations,
         exact_draws=cls.exact_draws,
         reference=cls.reference,
-        summary=(inspect.getdoc(cls) or "").partition("\n")[0],
+        summary=_summary(cls),
     )

@@ -23,10 +23,13 @@ def halves(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shifted_terms(x: Tensor, y: Tensor) -> Tensor:
-    """Terms ``x[i] y[t - i]`` of a product of polynomials: ``[a, ...]``, ``[c, ...]`` -> ``[a, a + c - 1, ...]``."""
-    a, c = len(x), len(y)
-    terms = x.unsqueeze(1) * torch.cat([y, y.new_zeros(a, *y.shape[1:])])  # [a, c + a, ...]
-    return terms.flatten(0, 1)[:-a].view(a, c + a - 1, *terms.shape[2:])
+    """Terms ``x[i] y[t - i]`` of a product of polynomials: ``[a, ...]``, ``[c, ...]`` -> ``[a, a + c - 1, ...]``.
+
+    They come with i falling. The compiler takes windows, and stumbles over a view whose rows are longer by one.
+    """
+    margin = y.new_zeros(len(x) - 1, *y.shape[1:])
+    windows = torch.cat([margin, y, margin]).unfold(0, len(x), 1)  # window t begins with y[t - a + 1]
+    return x.flip(0).unsqueeze(1) * windows.movedim(-1, 0)
 
 
 def _add_product(result: Tensor, x: Tensor, y: Tensor) -> None:

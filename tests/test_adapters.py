@@ -38,3 +38,8 @@ def test_channels_first_forwards_under_capture_and_in_eval():
     with pytest.raises(RuntimeError, match=r"outside sl\.capture"):
         module(params)
     assert module.eval()(params).shape[-3:] == (3, 4, 4)
+
+
+def test_images_given_to_a_bare_layer_are_referred_to_the_adapter():
+    with pytest.raises(ValueError, match=r"got \[5, 8, 4, 4\]; wrap the layer in sl.ChannelsFirst"):
+        sl.create("straight_through", latent_dim=8)(torch.zeros(5, 8, 4, 4))

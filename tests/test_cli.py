@@ -17,6 +17,7 @@ import stochastic_layers as sl
 from lightning_modules import VAE
 from lightning_modules.callbacks.codes import LatentCodes
 from lightning_modules.cli import main
+from lightning_modules.comparison.settings import parse
 from lightning_modules.data import Digits
 
 TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.accelerator=cpu"]
@@ -213,6 +214,60 @@ def test_another_data_module_starts_from_its_own_defaults(run, tmp_path, capsys)
     with pytest.raises(SystemExit):
         run("fit", "--data.batch_size=7", "--print_config")
     assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["batch_size"] == 7
+
+
+OWN_DATA = """
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Rows(LightningDataModule):
+    data_shape = (6,)
+
+    def batches(self):
+        return DataLoader(TensorDataset((torch.arange(64 * 6).view(64, 6) % 5 > 2).float()), batch_size=16)
+
+    train_dataloader = val_dataloader = test_dataloader = batches
+
+
+class WithoutShape(Rows):
+    data_shape = property()  # an AttributeError
+
+
+class Mappings(Rows):
+    def train_dataloader(self):
+        return DataLoader([{"x": torch.zeros(6)}] * 4)
+
+    val_dataloader = train_dataloader
+"""
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch):
+    """A module of the user's, whose classes have no options."""
+    (tmp_path / "own_data.py").write_text(OWN_DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_data", raising=False)
+
+
+def test_any_data_module_that_knows_the_shape_of_an_example_will_do(run, own_data, tmp_path):
+    run("fit", "--data=own_data.Rows", "--model.layer=disarm", *TINY, *QUIET)
+    assert "test/elbo" in history(tmp_path / "runs" / "version_0")
+    assert parse(args=["--data=own_data.Rows"]).model.data_shape == (6,)  # and so it is for a comparison
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("WithoutShape", "takes it from the attribute data_shape of the data module"),
+        ("Mappings", "needed batches x or (x, ...), got dict"),
+    ],
+)
+def test_data_of_ones_own_that_do_not_fit_are_refused_in_a_sentence(run, own_data, name, message):
+    with pytest.raises(SystemExit) as stop:
+        run("fit", f"--data=own_data.{name}", *TINY, *QUIET)
+    assert message in str(stop.value.code)
 
 
 def test_list_and_describe_print_capabilities(run, capsys, monkeypatch):

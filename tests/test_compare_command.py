@@ -15,6 +15,7 @@ from small_comparison import SMALL
 from lightning_modules import Comparison, compare
 from lightning_modules.cli import main
 from lightning_modules.comparison import pool
+from lightning_modules.comparison.command import parser
 from lightning_modules.comparison.runner import Budget
 
 
@@ -130,3 +131,9 @@ def test_scores_from_the_command_line_after_a_short_training(tmp_path, monkeypat
     rows = {row["layer"]: row for row in scores.rows}
     assert rows["enumeration"]["mse"] < rows["disarm"]["mse"] and rows["gumbel_softmax"]["bias"] > 0
     assert {row["reference"] for row in scores.rows} == {"exact"}
+
+
+@pytest.mark.parametrize("words", [["arm", "disarm"], ["arm,disarm"], ["arm disarm"], ["arm, disarm"]])
+def test_layers_are_named_with_spaces_or_commas(words):
+    options = parser().parse_args(["--layers", *words])
+    assert [name for part in options.layers for name in part] == ["arm", "disarm"]

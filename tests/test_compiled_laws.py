@@ -83,3 +83,17 @@ def test_compiled_gaussian_draws():
     for column in noise.T:
         assert stats.kstest(column, "norm").pvalue > FALSE_ALARM
     assert abs(float(noise.prod(-1).mean())) < 5 / math.sqrt(ROWS)
+
+
+@pytest.mark.parametrize("size", [1, 2])  # few enough for the compiler to write the sums over their numbers out
+def test_compiled_draws_of_subsets_and_their_gradient(size):
+    layer = sl.create("straight_through", latent_dim=1, num_categories=4, family={"name": "subset", "size": size})
+    logits, cost = torch.tensor([0.3, -1.0, 0.7, 0.1], requires_grad=True), torch.tensor([1.0, 2.0, -1.0, 0.5])
+    params = logits.detach().repeat(ROWS, 1).requires_grad_()
+    z = torch.compile(layer, fullgraph=True, dynamic=False)(params)
+    (z * cost).sum().backward()
+    mean = layer.distribution(logits).mean.flatten()
+    (exact,) = torch.autograd.grad((mean * cost).sum(), logits)  # what straight-through has of a linear cost
+    assert torch.equal(z.sum(-1), torch.full((ROWS,), float(size)))
+    assert largest_z(z.detach(), mean.detach()) < 5
+    assert torch.allclose(params.grad, exact.expand(ROWS, -1), atol=1e-5)

@@ -31,6 +31,15 @@ def test_an_unknown_name_names_the_nearest():
         sl.describe("reinforc")
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("RLOO", "leave_one_out"), ("vargrad", "leave_one_out"), ("normal", "gaussian"), ("REBAR", "rebar")],
+)
+def test_a_name_of_the_papers_names_the_layer(name, layer):
+    with pytest.raises(ValueError, match=f"got {name!r}; did you mean '{layer}'"):
+        sl.create(name, latent_dim=2)
+
+
 def test_a_name_like_no_other_lists_them_all():
     with pytest.raises(ValueError, match=r"valid names: .*'gaussian'.*'reinforce'"):
         sl.create("xyzzy", latent_dim=2)
@@ -228,3 +237,24 @@ def test_a_layer_prints_its_options():
         sl.create("straight_through", latent_dim=2, family="categorical", num_categories=4)
     )
     assert "num_categories" not in repr(sl.create("straight_through", latent_dim=2))
+
+
+@pytest.mark.parametrize(("name", "options"), [("hard_concrete", {}), ("invertible_gaussian", {"num_categories": 3})])
+def test_a_temperature_that_is_part_of_the_law_is_shown_and_cannot_be_annealed_in_vain(name, options):
+    layer = sl.create(name, latent_dim=2, temperature=0.25, **options)
+    assert "temperature=0.25" in repr(layer)
+    with pytest.raises(AttributeError):
+        layer.temperature = 0.1
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "arms", "carms"])
+def test_a_single_draw_that_is_compared_with_others_is_refused_also_where_it_was_set_later(name):
+    layer = sl.create(name, latent_dim=2, **({"num_categories": 3} if name == "carms" else {}))
+    layer.num_samples = 1
+    with pytest.raises(ValueError, match="needed num_samples >= 2, got 1"):
+        layer.sample(torch.zeros(3, layer.in_features, requires_grad=True)).surrogate(torch.ones(1, 3))
+
+
+def test_a_class_in_the_place_of_a_name_is_refused():
+    with pytest.raises(ValueError, match="build a layer of a class by calling it"):
+        sl.create(sl.Reinforce, latent_dim=2)

@@ -366,3 +366,10 @@ def test_weighted_points_side_by_side_are_refused():
     weighted = [sl.Sample(s.z, s.weights, s.q, s.log_density, s.credit, {}, False) for s in samples]
     with pytest.raises(ValueError, match="needed equally weighted draws"):
         sl.surrogate(torch.zeros(2, 5), weighted)
+
+
+@pytest.mark.parametrize("reward", [torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3) > 0, [[1.0] * 3] * 2])
+def test_a_reward_that_is_no_number_of_floating_point_is_refused_with_the_conversion(reward):
+    sample = sl.create("leave_one_out", latent_dim=2).sample(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"floating-point cost of shape \[2, 3\], got .*; convert it, cost.float\(\)"):
+        sample.surrogate(reward)

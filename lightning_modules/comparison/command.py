@@ -34,12 +34,12 @@ command does only what is missing."""
 
 
 def _layers(text: str) -> list[Any]:
-    """``disarm, {name: gumbel_softmax, temperature: 0.5}`` as YAML."""
+    """``disarm, {name: gumbel_softmax, temperature: 0.5}`` as YAML; names may also be apart by spaces."""
     try:
         names: list[Any] = yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"needed names or {{name: NAME, OPTION: VALUE}}, got {text!r}") from error
-    return names
+    return [part for name in names for part in (name.split() if isinstance(name, str) else [name])]
 
 
 def _seeds(text: str) -> list[int]:

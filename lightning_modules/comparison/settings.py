@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
 from lightning_modules.build import layer_spec
 from lightning_modules.cli import CLI
 from lightning_modules.configuration import given, names_data, read
-from lightning_modules.data import ImageDataModule
 from lightning_modules.hyperparameters import is_marked
 from lightning_modules.resuming import options_of_data, options_of_model
 from lightning_modules.untrusted import read_checkpoint
@@ -47,7 +46,7 @@ class Parsed(CLI):
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().__init__(
                 VAE,
-                ImageDataModule,
+                LightningDataModule,
                 run=False,
                 args=args,
                 subclass_mode_data=True,

@@ -2,7 +2,7 @@
 
 from lightning_modules.data.digits import Digits
 from lightning_modules.data.files import DataFileError, MissingFileError
-from lightning_modules.data.images import Binarization, ImageDataModule, TensorData
+from lightning_modules.data.images import Binarization, ImageArrays, ImageDataModule, TensorData
 from lightning_modules.data.loading import BatchLoader, ImageDataset, ShardedBatches
 from lightning_modules.data.mnist import MNIST, BinarizedMNIST, FashionMNIST
 
@@ -14,6 +14,7 @@ __all__ = [
     "DataFileError",
     "Digits",
     "FashionMNIST",
+    "ImageArrays",
     "ImageDataModule",
     "ImageDataset",
     "MissingFileError",
