@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -300,6 +301,8 @@ def main(args: list[str] | None = None) -> None:
                 sys.exit(status)
         else:
             restrict_imports()
+            # of Lightning's own way to ask torch, which its user cannot change
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             CLI(
                 VAE,
                 LightningDataModule,

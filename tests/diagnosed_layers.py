@@ -3,7 +3,7 @@
 import torch
 
 import stochastic_layers as sl
-from stochastic_layers.testing import PolynomialCost
+from stochastic_layers.testing import PolynomialCost, exact_value
 
 
 def default_layer(name):
@@ -26,3 +26,17 @@ def problem(name, seed=0):
     params = 0.7 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
     layer.sample(params)  # a codebook is started by its first batch, whose size would be that of the pass
     return layer, params, PolynomialCost("quadratic", layer.out_features)
+
+
+def discrete_problem(name):
+    """Three bits, or two variables of three categories, an asymmetric cost, and its exact gradient."""
+    torch.manual_seed(0)  # layers may have networks
+    family = sl.describe(name).families[0]
+    sizes = {"latent_dim": 3} if family == "bernoulli" else {"latent_dim": 2, "num_categories": 3}
+    layer = sl.create(name, family=family, **sizes).double()
+    generator = torch.Generator().manual_seed(2)
+    params = 0.7 * torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64) - 0.2
+    cost_fn = PolynomialCost("asymmetric", layer.out_features)
+    leaf = params.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(exact_value(layer, leaf, cost_fn).sum(), leaf)
+    return layer, params, cost_fn, exact

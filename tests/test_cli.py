@@ -3,6 +3,7 @@
 import csv
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,13 @@ def test_a_layer_by_class_path_and_parts_by_mapping(run, tmp_path):
     config = yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())
     assert config["model"]["layer"]["class_path"].endswith("Reinforce")
     assert config["model"]["objective"] == {"name": "elbo", "beta": 0.5}
+
+
+def test_a_run_does_not_warn_of_what_its_user_cannot_change(run):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run("fit", *TINY, *QUIET)
+    assert [str(warning.message) for warning in seen if "LeafSpec" in str(warning.message)] == []
 
 
 def test_a_saved_configuration_repeats_the_run(run, tmp_path):

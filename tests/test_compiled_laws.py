@@ -97,3 +97,16 @@ def test_compiled_draws_of_subsets_and_their_gradient(size):
     assert torch.equal(z.sum(-1), torch.full((ROWS,), float(size)))
     assert largest_z(z.detach(), mean.detach()) < 5
     assert torch.allclose(params.grad, exact.expand(ROWS, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("reinforce", {}), ("soft_sort", {"hard": True}), ("soft_sort", {})])
+def test_compiled_draws_of_orders(name, options):
+    layer = sl.create(name, latent_dim=1, num_categories=3, family="permutation", **options)
+    logits = torch.tensor([0.3, -1.0, 0.7])
+    if name == "reinforce":
+        layer.eval()  # in training it wants to be captured
+    z = compiled_draws(layer, logits).view(ROWS, 3, 3)
+    assert torch.allclose(z.sum(-1), torch.ones(ROWS, 3))
+    outcomes = layer.family.outcomes(torch.float32).view(-1, 3, 3)
+    drawn = (z.argmax(-1).unsqueeze(1) == outcomes.argmax(-1)).all(-1).float()  # which of the six
+    assert largest_z(drawn, layer.family.outcome_scores(logits)[0].exp()) < 5
