@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
 from lightning_modules.build import build_likelihood, build_objective, default_adam
+from lightning_modules.due import log_interval, step_is_due
 from lightning_modules.evaluation import Evaluation, evaluation_loader, unpadded
 from lightning_modules.hyperparameters import example_shape, plain_options
 from lightning_modules.likelihoods import Likelihood, at_least_float32
 from lightning_modules.metrics import importance_statistics
-from lightning_modules.noise import ReproducibleNoise
+from lightning_modules.noise import own_noise
 from lightning_modules.objectives import Objective
 from lightning_modules.probe import probe_params
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
@@ -28,12 +29,7 @@ from stochastic_layers import StochasticLayer
 from stochastic_layers.diagnostics import GradientStatistics
 from stochastic_layers.options import check_positive, check_positive_int
 
-__all__ = [
-    "LatentVariableModel",
-    "data_of",
-    "log_interval",
-    "step_is_due",
-]
+__all__ = ["LatentVariableModel", "data_of"]
 
 MAX_POINTS = 16_384  # decoder evaluations in one chunk of the importance-weighted bound
 
@@ -373,25 +369,6 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         callbacks = cast(Any, self.trainer).callbacks
         monitored = any(isinstance(c, GradientVarianceMonitor) for c in callbacks)
         return [*own_noise(self.trainer), *([] if monitored else [GradientVarianceMonitor()])]
-
-
-def own_noise(trainer: Trainer) -> list[Callback]:
-    """:class:`ReproducibleNoise`, unless the Trainer has one."""
-    return [] if any(isinstance(c, ReproducibleNoise) for c in cast(Any, trainer).callbacks) else [ReproducibleNoise()]
-
-
-def log_interval(trainer: Trainer) -> int:
-    """``log_every_n_steps`` of a Trainer, in optimizer steps."""
-    return max(1, int(cast(Any, trainer).log_every_n_steps))
-
-
-def step_is_due(trainer: Trainer, every: int) -> bool:
-    """Whether the step that is being made is the ``every``-th one, 2 ``every``-th, ...; steps as the log counts them.
-
-    Not ``global_step``, which counts the steps of every optimizer: with two of them under manual optimization it is
-    even at each batch, and nothing would be due where ``every`` is even.
-    """
-    return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
 def data_of(batch: Any) -> Tensor:

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_modules.base import log_interval, own_noise, step_is_due
 from lightning_modules.build import default_adam
+from lightning_modules.due import log_interval, step_is_due
 from lightning_modules.evaluation import evaluation_loader, unpadded
 from lightning_modules.metrics import ExampleMean
+from lightning_modules.noise import own_noise
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
 from stochastic_layers import Sample, capture, surrogate

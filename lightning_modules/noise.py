@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_modules.data.binarize import mix64
 from stochastic_layers.preserved import seed_generators
 
-__all__ = ["ReproducibleNoise"]
+__all__ = ["ReproducibleNoise", "own_noise"]
 
 _FIT, _VALIDATE, _TEST, _PREDICT, _ORDER = range(5)
 
@@ -112,3 +112,8 @@ class ReproducibleNoise(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
+
+
+def own_noise(trainer: Trainer) -> list[Callback]:
+    """:class:`ReproducibleNoise`, unless the Trainer has one."""
+    return [] if any(isinstance(c, ReproducibleNoise) for c in cast(Any, trainer).callbacks) else [ReproducibleNoise()]

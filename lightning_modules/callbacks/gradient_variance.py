@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_modules.base import LatentVariableModel, data_of, log_interval, step_is_due
+from lightning_modules.base import LatentVariableModel, data_of
 from lightning_modules.data.binarize import mix64
+from lightning_modules.due import log_interval, step_is_due
 from lightning_modules.gradient_moments import GradientMoments
 from lightning_modules.probe import PROBE_CHUNK, probe_params, probe_weights
 from lightning_modules.scoring import Layers, layer_statistics

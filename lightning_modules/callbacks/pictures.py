@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.base import LatentVariableModel, data_of, log_interval
+from lightning_modules.base import LatentVariableModel, data_of
 from lightning_modules.callbacks.figures import bit_usage, code_usage, curves, image_grid, latent_units, schedules
 from lightning_modules.callbacks.traversals import interpolations, traversal
+from lightning_modules.due import log_interval
 from lightning_modules.objectives import ELBO
 from lightning_modules.whole_files import make_folder, whole_file
 

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.base import LatentVariableModel, log_interval
+from lightning_modules.base import LatentVariableModel
+from lightning_modules.due import log_interval
 
 __all__ = ["Report"]
 

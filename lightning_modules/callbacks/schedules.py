@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_modules.base import log_interval, step_is_due
+from lightning_modules.due import log_interval, step_is_due
 from stochastic_layers import StochasticLayer
 
 __all__ = ["TemperatureSchedule"]
