@@ -109,17 +109,29 @@ def test_extreme_probabilities_draw_no_category_without_mass(dtype, categories, 
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_bisection_and_a_look_at_all_sums_choose_the_same(draws, monkeypatch):
+def test_all_ways_to_find_a_sum_choose_the_same(draws, monkeypatch):
     # sums of few bits, and uniforms that meet them
     monkeypatch.setattr(categorical, "double_uniform", lambda shape, device: torch.randint(8, shape) / 8.0)
     probs = torch.randint(3, (500, 2, 9)).float()
     probs[..., 4] += 1
     found = []
-    for limits in ((math.inf, 0), (0, math.inf)):
+    for limits, eager in (((math.inf, 0), True), ((0, math.inf), True), ((0, 0), False)):
         monkeypatch.setattr(categorical, "BISECTED", limits)
+        monkeypatch.setattr(categorical, "eager_on_cpu", lambda tensor, eager=eager: eager)
         torch.manual_seed(0)
         found.append(draw_index(probs, draws))
-    assert torch.equal(*found) and bool((probs.expand(draws, -1, -1, -1).gather(-1, found[0]) > 0).all())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert bool((probs.expand(draws, -1, -1, -1).gather(-1, found[0]) > 0).all())
+
+
+def test_each_of_many_rare_categories_has_its_own_uniforms(monkeypatch, levels):
+    probs = torch.full((9,), 2e-8)  # a third of the spacing of float32 near 1
+    probs[0] = 1.0
+    total = probs.double().sum()
+    for category in range(1, 9):
+        u = (1 + (category - 0.5) * probs[1].double()) / total
+        monkeypatch.setattr(categorical, "double_uniform", lambda shape, device, u=u: u.expand(shape).clone())
+        assert int(draw_index(probs, 1)) == category
 
 
 def test_several_ones_in_a_row_are_set_where_told():

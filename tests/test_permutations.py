@@ -54,11 +54,21 @@ def test_density_is_that_of_choosing_one_item_after_another(n):
     assert torch.autograd.gradgradcheck(lambda x: sl.PlackettLuce(x).log_prob_of_order(every[-1]), logits)
 
 
+def draws_of_the_law(logits):
+    return sl.PlackettLuce(logits).sample((40_000,))
+
+
+def draws_of_soft_sort(logits):
+    layer = sl.create("soft_sort", latent_dim=1, num_categories=logits.shape[-1], num_samples=40_000, hard=True)
+    return layer.sample(logits).z.unflatten(-1, (logits.shape[-1], -1))
+
+
+@pytest.mark.parametrize("draws", [draws_of_the_law, draws_of_soft_sort])
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_draws_follow_the_law(n):
+def test_draws_follow_the_law(n, draws):
     torch.manual_seed(0)
     logits = logits_of(2, n)
-    z = sl.PlackettLuce(logits).sample((40_000,))
+    z = draws(logits)
     assert z.shape == (40_000, 2, n, n) and bool(sl.PlackettLuce(logits).support.check(z).all())
     every = matrices(orders(n), logits).flatten(1)
     for row in range(2):
@@ -193,6 +203,13 @@ def test_orders_without_end_are_refused_in_few_digits():
         sl.create("enumeration", latent_dim=1, family="permutation", num_categories=3000)
 
 
+def test_a_law_of_one_order_stands_for_a_batch():
+    q = sl.PlackettLuce(logits_of(4))
+    many, order = q.expand((3, 2)), torch.tensor([2, 0, 3, 1])
+    assert many.batch_shape == (3, 2) and many.sample().shape == (3, 2, 4, 4)
+    torch.testing.assert_close(many.log_prob_of_order(order.expand(3, 2, 4)), q.log_prob_of_order(order).expand(3, 2))
+
+
 def test_there_is_no_closed_form_of_the_divergence():
     q = sl.PlackettLuce(torch.zeros(3))
     with pytest.raises(NotImplementedError):
@@ -243,6 +260,19 @@ class TestSoftSort:
             gradients.append(torch.autograd.grad((layer(params) * slope).sum(), params)[0])
         torch.testing.assert_close(*gradients)
         assert bool(gradients[0].all())
+
+    def test_a_learned_temperature_has_the_gradient_of_finite_differences(self, relaxation):
+        layer, slope = fitting("soft_sort", relaxation=relaxation, learn_temperature=True), logits_of(4, 18, seed=1)
+
+        def value(log_temperature):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                layer.log_temperature.fill_(log_temperature)
+            return (layer(logits_of(4, 6)) * slope).sum()
+
+        (gradient,) = torch.autograd.grad(value(0.3), layer.log_temperature)
+        wanted = (value(0.3 + 1e-5) - value(0.3 - 1e-5)).detach() / 2e-5
+        torch.testing.assert_close(gradient[0], wanted, rtol=1e-5, atol=0)
 
     def test_what_the_cost_has_to_take(self, relaxation):
         soft, hard = (fitting("soft_sort", relaxation=relaxation, hard=hard) for hard in (False, True))

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_layers as sl
 from lightning_modules import ELBO, VAE, GradientVarianceMonitor, HierarchicalVAE, ReproducibleNoise
+from lightning_modules.due import log_interval
 from stochastic_layers.testing import enumerate_outcomes
 
 DISCRETE = [
@@ -353,6 +354,11 @@ def test_logged_gradient_variance_is_that_of_brute_force():
     error = (float(probes.var() / 100) + float(deviation.var() / 1500)) ** 0.5
     assert error < 0.05 * brute
     assert abs(float(probes.mean()) - brute) < 5 * error
+
+
+@pytest.mark.parametrize(("given", "interval"), [(0, 1), (1, 1), (7, 7)])
+def test_the_interval_of_the_log_is_that_of_the_trainer(given, interval, tmp_path):
+    assert log_interval(trainer(tmp_path, log_every_n_steps=given)) == interval
 
 
 def test_noise_is_added_by_default_and_not_twice(loader, tmp_path):
