@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.multiprocessing as mp
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -67,3 +69,21 @@ def launch(worker, folder, *names, timeout=900):
     """Run ``tests/<worker> folder *names`` on two processes, which must succeed."""
     status, output = torchrun(Path(__file__).with_name(worker), folder, *names, timeout=timeout)
     assert status == 0, f"{status}: {output[-6000:]}"
+
+
+def spawn_two(function, *arguments, seconds=120):
+    """Call ``function(rank, *arguments)`` in two new processes, which must end in time.
+
+    The function should wait for the other rank (``barrier``) before it destroys the group: a process that holds the
+    interpreter lock while it takes gloo down may wait for a collective that waits for that lock.
+    """
+    context = mp.spawn(function, args=arguments, nprocs=2, join=False)
+    try:
+        for _ in range(seconds // 2):
+            if context.join(timeout=2):
+                return
+        raise AssertionError(f"the two processes did not end within {seconds} seconds")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()

@@ -54,6 +54,7 @@ def main(folder):
         recompute = (lambda network: partial(checkpoint, network, use_reentrant=False)) if recomputed else lambda n: n
         result = trained("vq", recompute, rank, partial(DistributedDataParallel, broadcast_buffers=False))
         torch.save(result, folder / f"{recomputed}-{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn_two
 
 import stochastic_layers as sl
 
@@ -49,21 +49,14 @@ def work(rank, size, folder, names, split):
         shares = [b[:split] if rank == 0 else b[split:] for b in batches()]
         results = {name: train(name, shares, seed=7 if rank == 0 else 99) for name in names}
         torch.save(results, f"{folder}/{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 def run(folder, names, split):
-    context = mp.spawn(work, args=(2, str(folder), names, split), nprocs=2, join=False)
-    try:
-        for _ in range(60):
-            if context.join(timeout=2):
-                return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-        raise AssertionError("the two processes did not end within 120 seconds")
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+    spawn_two(work, 2, str(folder), names, split)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("split", [20, 24], ids=["uneven", "one_rank_is_empty"])

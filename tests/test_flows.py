@@ -78,6 +78,19 @@ def test_log_prob_of_the_draws_is_that_of_the_law(options):
     sample = layer.sample(params_of(layer, 4))
     torch.testing.assert_close(sample.log_prob, sample.q.log_prob(sample.z), rtol=1e-6, atol=1e-6)
     assert sample.log_prob.shape == (5, 4)
+    ours, theirs = (
+        torch.autograd.grad(log_q.sum(), list(layer.parameters()), retain_graph=True)
+        for log_q in (sample.log_prob, sample.q.log_prob(sample.z))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_params_hold_a_context_of_the_size_that_is_asked_for():
+    assert [build(**options).in_features for options in ({}, {"context_features": 5}, {"context_features": 0})] == [
+        6,
+        9,
+        4,
+    ]
 
 
 def test_gradient_reaches_the_network_and_the_entropy_term():
