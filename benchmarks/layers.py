@@ -164,7 +164,7 @@ def orders(shape: tuple[int, int], seconds: float, device: str, unavailable: dic
 
     def scored() -> None:
         order = perturbed()[1]
-        F.one_hot(order, shape[1]).to(logits.dtype)
+        F.one_hot(order, shape[1]).to(logits.dtype)  # the draw, of which only the cost is known
         chosen = logits.gather(-1, order)
         log_q = (chosen - chosen.flip(-1).logcumsumexp(-1).flip(-1)).sum(-1)
         torch.autograd.grad((log_q * cost).sum(), logits)
