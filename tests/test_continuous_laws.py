@@ -11,6 +11,8 @@ from torch.distributions import Independent, Normal, Uniform, kl_divergence
 import stochastic_layers as sl
 from stochastic_layers import distributions
 from stochastic_layers.distributions import HypersphericalUniform, Logistic, PowerSpherical
+from stochastic_layers.gaussian_families import GaussianFamily
+from stochastic_layers.normal import DiagonalNormal, LogVarianceNormal
 from stochastic_layers.testing import exact_value
 
 
@@ -210,6 +212,29 @@ def test_kl_to_a_prior_that_is_not_standard_is_the_integral(family):
     torch.testing.assert_close(kl_divergence(q, prior.expand((2,))), exact, rtol=2e-5, atol=2e-5)
     if family == "kumaraswamy":
         assert bool(torch.isinf(kl_divergence(q, narrow.expand((2,)))).all())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3)], ids=str)
+def test_gaussian_has_the_values_and_derivatives_of_torch_s_own_law(shape):
+    """Draws, density and KL know their gradients; the second derivatives are those of the formulas."""
+    loc, log_variance = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(*shape, 4, 5, dtype=torch.float64, requires_grad=True)
+    prior, torch_prior = GaussianFamily(5).standard(), Independent(Normal(torch.zeros(5), torch.ones(5)), 1)
+
+    def ours(loc, log_variance, value):
+        q = DiagonalNormal(LogVarianceNormal(loc, log_variance))
+        torch.manual_seed(0)
+        return q.rsample(torch.Size(shape)), q.log_prob(value), kl_divergence(q, prior)
+
+    def torch_s(loc, log_variance, value):
+        q = Independent(Normal(loc, (0.5 * log_variance).exp()), 1)
+        torch.manual_seed(0)
+        return q.rsample(torch.Size(shape)), q.log_prob(value), kl_divergence(q, torch_prior)
+
+    for one, other in zip(ours(loc, log_variance, value), torch_s(loc, log_variance, value), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, (loc, log_variance, value))
+    assert torch.autograd.gradgradcheck(ours, (loc, log_variance, value))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
