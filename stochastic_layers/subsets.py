@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints, register_kl
 from torch.nn import functional
 
+from stochastic_layers.auxiliary import kernels_usable
+from stochastic_layers.categorical import draw_index
 from stochastic_layers.discrete_families import ChoiceFamily
 from stochastic_layers.families import register_family
 from stochastic_layers.noise import double_uniform
@@ -25,6 +30,22 @@ T = TypeVar("T")
 # Halvings of the interval in which the shift of the logits is sought: the expected number of chosen items is then close
 # enough to k for millions of items, so that it is k with a probability that is far from underflow.
 HALVINGS = 12
+# Subsets up to which, and numbers in all up to which, a list of all subsets takes less time than the tree, on a CPU.
+FEW, SHORT = 64, 2**18
+
+
+@lru_cache(maxsize=16)
+def _listed(count: int, size: int) -> Any:
+    """All subsets, and what each leaves out: booleans ``[N, 2 * count]``, an array, which has no device and no mode."""
+    members = np.array(list(itertools.combinations(range(count), size)))
+    chosen = np.zeros((len(members), count), dtype=bool)
+    np.put_along_axis(chosen, members, True, axis=1)
+    return np.concatenate([chosen, ~chosen], axis=1)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
 
 
 class _Lazy(Generic[T]):
@@ -72,7 +93,8 @@ class KSubset(Distribution):
     number of ones among runs of 1, 2, 4, ... items has a law that is made of those of their halves by products of
     polynomials with positive coefficients, in float64: no logarithm, no cancellation, and nothing underflows whose
     probability is above 1e-300. Work and memory are of the order of n k, in log2(n) steps. A draw goes down the same
-    tree, and splits the number of chosen items of each run between its halves.
+    tree, and splits the number of chosen items of each run between its halves. Where few subsets exist, all of them are
+    listed instead, as the categories of a law: tens of operations instead of hundreds.
 
     Args:
         logits: ``[..., n]``.
@@ -108,14 +130,49 @@ class KSubset(Distribution):
         """Vectors of ones and zeros with k ones."""
         return _Subset(self.size)
 
+    @property
+    def _short(self) -> bool:
+        """Whether all subsets are listed."""
+        if not kernels_usable():  # a compiled graph has no branch on the size of the batch
+            return False
+        items = self.logits.shape[-1]
+        count = math.comb(items, self.size)
+        return count <= FEW or count * (items + self.batch_shape.numel()) <= SHORT
+
+    @_Lazy
+    def _every(self) -> Tensor:
+        """All subsets, and what each leaves out: ones and zeros ``[N, 2 n]``, in float64."""
+        listed = torch.as_tensor(_listed(self.logits.shape[-1], self.size), device=self.logits.device)
+        return _wide(listed.to(self.logits.dtype))
+
+    @_Lazy
+    def _centered(self) -> Tensor:
+        """Logits ``[..., n]`` less the k-th largest, near which lies what is uncertain, in float64."""
+        logits = _wide(self.logits)
+        return logits - logits.detach().topk(self.size, -1).values[..., -1:]
+
+    @_Lazy
+    def _losses(self) -> Tensor:
+        """What each item adds to log q if chosen, and if left out ``[..., 2 n]``: one of the two is zero."""
+        above = functional.relu(self._centered)
+        return torch.cat([self._centered - above, -above], -1)
+
+    @_Lazy
+    def _scores(self) -> Tensor:
+        """log q of every subset ``[..., N]``, up to a constant: near 0 where a subset is likely."""
+        return self._losses @ self._every.T
+
+    @_Lazy
+    def _chances(self) -> Tensor:
+        """The probability of every subset ``[..., N]``."""
+        return self._scores.softmax(-1)
+
     @_Lazy
     def _shifted(self) -> Tensor:
         """Logits ``[n, ...]`` of independent bits of which about k are expected to be 1, in float64."""
-        logits = self.logits if self.logits.device.type == "mps" else self.logits.double()
-        middle = logits.detach().topk(self.size, -1).values[..., -1:]  # near it lies what is uncertain
-        x = logits - middle
-        constant = x.detach()
-        low, high = torch.full_like(middle, -math.log(x.shape[-1])), torch.full_like(middle, 40.0)
+        x = self._centered
+        constant, zero = x.detach(), torch.zeros_like(x[..., :1])
+        low, high = zero - math.log(x.shape[-1]), zero + 40.0
         for _ in range(HALVINGS):
             shift = 0.5 * (low + high)
             many = (constant + shift).sigmoid().sum(-1, keepdim=True) > self.size
@@ -143,12 +200,18 @@ class KSubset(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Linear in the value, so that it is defined between the subsets too; that k are chosen is not checked."""
+        if self._short:
+            value = value.to(self.logits.dtype)
+            score = (torch.cat([value, 1 - value], -1) * self._losses).sum(-1)
+            return (score - self._scores.logsumexp(-1)).to(self.logits.dtype)
         x = self._shifted.movedim(0, -1)
         return (value * x - functional.softplus(x)).sum(-1).sub(self._log_chance).to(self.logits.dtype)
 
     @_Lazy
     def mean(self) -> Tensor:
         """The probability of each item ``[..., n]``, which adds up to k."""
+        if self._short:
+            return (self._chances @ self._every[:, : self.logits.shape[-1]]).to(self.logits.dtype)
         tables = self._tables
         root = tables[-1]
         # the probability of what is outside a run, by the number that is chosen inside, over that of k in all
@@ -177,6 +240,10 @@ class KSubset(Distribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape)
         draws = shape.numel()
+        if self._short:
+            index = draw_index(self._chances, draws).squeeze(-1)
+            z = self._every[:, : self.logits.shape[-1]][index].to(self.logits.dtype)
+            return z.reshape(*shape, *self.logits.shape)
         tables = [table.detach() for table in self._tables]
         chosen = torch.full((draws, *tables[-1].shape[1:]), self.size, device=self.logits.device)  # [S, runs, ...]
         for table in reversed(tables[:-1]):
@@ -259,8 +326,8 @@ class SubsetFamily(ChoiceFamily):
 
     def outcome_scores(self, params: Tensor) -> Tensor:
         every = self._members(torch.arange(self.num_outcomes, device=params.device))
-        wide = torch.float32 if params.device.type == "mps" else torch.float64  # no shortened mantissa on a GPU
-        return (self.unflatten(params).to(wide) @ every.to(wide).T).to(params.dtype)
+        # no shortened mantissa on a GPU
+        return (_wide(self.unflatten(params)) @ _wide(every.to(params.dtype)).T).to(params.dtype)
 
     def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self._members(index).to(dtype).flatten(-2)
@@ -272,7 +339,8 @@ class SubsetFamily(ChoiceFamily):
         for item in range(self.num_categories):
             after = self.num_categories - 1 - item
             # subsets that have this item come first; so many there are, by the number of items that are yet to come
-            having = index.new_tensor([math.comb(after, n - 1) if n else 0 for n in range(self.size + 1)])[left]
+            counts = [math.comb(after, n - 1) if n else 0 for n in range(self.size + 1)]
+            having = index.new_tensor([min(count, self.num_outcomes) for count in counts])[left]
             chosen = index < having
             bits.append(chosen)
             index, left = torch.where(chosen, index, index - having), left - chosen.long()

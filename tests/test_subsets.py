@@ -21,6 +21,14 @@ SIZES = [(2, 1), (3, 2), (4, 2), (5, 1), (5, 4), (6, 3), (8, 3), (9, 5)]
 FALSE_ALARM = 1e-6
 
 
+@pytest.fixture(autouse=True, params=["listed", "tree"])
+def way(request, monkeypatch):
+    """Every law here has few subsets, and is computed from their list; the tree is to give the same."""
+    if request.param == "tree":
+        monkeypatch.setattr(subsets_module, "FEW", 0)
+        monkeypatch.setattr(subsets_module, "SHORT", 0)
+
+
 def subsets(n, k):
     rows = [[float(i in chosen) for i in range(n)] for chosen in itertools.combinations(range(n), k)]
     return torch.tensor(rows, dtype=torch.float64)
@@ -267,6 +275,9 @@ def test_outcomes_are_numbered_without_a_list_of_them():
     large = create_family({"name": "subset", "size": 10}, 1, 60)
     last = large.outcome_values(torch.tensor([[0], [large.num_outcomes - 1]]), torch.float32)
     assert last[0, :10].sum() == 10 and last[1, -10:].sum() == 10
+    # some numbers that are not needed here, of subsets of fewer items, are beyond 64 bits
+    all_but_one = create_family({"name": "subset", "size": 199}, 1, 200).outcomes(torch.float32)
+    assert torch.equal(all_but_one, 1 - torch.eye(200).flip(0))
 
 
 @pytest.mark.parametrize(
