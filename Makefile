@@ -6,6 +6,8 @@ WORKERS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_SECONDS ?= 2
+BENCH_DEVICE ?= cpu
+BENCH_FOLDER ?= benchmarks/results$(if $(filter-out cpu,$(BENCH_DEVICE)),/$(BENCH_DEVICE))
 
 BIN := $(VENV)/bin
 TEST_STAMP := $(VENV)/.installed-test
@@ -14,7 +16,7 @@ PEERS_STAMP := $(VENV)/.installed-peers
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint types build clean
+.PHONY: help demo test test-slow test-gpu bench lint types build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,10 +53,14 @@ test: $(TEST_STAMP) ## run the quick tests and the doctests
 test-slow: $(TEST_STAMP) ## run the slow tests and those on several processes
 	$(BIN)/python -m pytest -m "(slow or ddp) and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+test-gpu: $(TEST_STAMP) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
 bench: $(PEERS_STAMP) ## measure in a short form, against the peers that can be installed, and draw the page of results
 	for name in layers bandwidth estimators variance scaling memory training; do \
-		$(BIN)/python -m benchmarks.$$name --seconds $(BENCH_SECONDS) || exit 1; done
-	$(BIN)/python -m benchmarks.render
+		$(BIN)/python -m benchmarks.$$name --seconds $(BENCH_SECONDS) --device $(BENCH_DEVICE) \
+			--folder $(BENCH_FOLDER) || exit 1; done
+	$(BIN)/python -m benchmarks.render --folder $(BENCH_FOLDER)
 
 lint: $(DEV_STAMP) ## check style and format
 	$(BIN)/ruff check .
