@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 from wandb.proto import wandb_internal_pb2
@@ -10,10 +11,21 @@ BLOCK, FILE_HEADER, CHUNK_HEADER = 32768, 7, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def records(run):
-    """The records of the run in a folder ``offline-run-*``."""
+def records(run, seconds=60.0):
+    """The records of the finished run in a folder ``offline-run-*``, once a process of W&B has written the last."""
     (path,) = Path(run).glob("*.wandb")
-    data, position, parts = path.read_bytes(), FILE_HEADER, []
+    end = time.monotonic() + seconds
+    while True:
+        found = list(_parsed(path.read_bytes()))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        if time.monotonic() > end:
+            raise TimeoutError(f"no end of the run in {path} after {seconds:g} seconds, {len(found)} records")
+        time.sleep(0.1)
+
+
+def _parsed(data):
+    position, parts = FILE_HEADER, []
     while position + CHUNK_HEADER <= len(data):
         left = BLOCK - position % BLOCK
         if left < CHUNK_HEADER:  # the rest of a block is padding
@@ -21,6 +33,8 @@ def records(run):
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + CHUNK_HEADER])
         position += CHUNK_HEADER
+        if position + length > len(data):  # not written whole yet
+            return
         parts.append(data[position : position + length])
         position += length
         assert kind in (FULL, FIRST, MIDDLE, LAST)
