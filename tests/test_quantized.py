@@ -77,9 +77,7 @@ def _embedding_of(layer, z):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_is_a_stand_in_for_one_that_is_zero(name):
     layer = build(name)
-    params = embeddings(
-        layer, 40
-    ).requires_grad_()  # fewer leave the last stage nothing to quantise
+    params = embeddings(layer, 40).requires_grad_()  # fewer leave the last stage nothing to quantise
     layer.sample(params.detach())
     cost = PolynomialCost("quadratic", layer.out_features)
     (stand_in,) = torch.autograd.grad(layer.sample(params).surrogate(cost(layer.sample(params).z)).sum(), params)
