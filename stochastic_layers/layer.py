@@ -165,12 +165,31 @@ class StochasticLayer(nn.Module, ABC):
             raise ValueError(
                 f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; {advice}"
             )
-        self.num_samples = check_positive_int("num_samples", num_samples)
         self.family: Family = create_family(family, latent_dim, num_categories)
+        self.num_samples = num_samples
 
     @abstractmethod
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         """Training draws. ``params`` are checked and at least float32; autocast is off."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number S of draws per example; assign another to change it, which the layer checks as at construction."""
+        return self._num_samples
+
+    @num_samples.setter
+    def num_samples(self, value: int) -> None:
+        self.check_num_samples(check_positive_int("num_samples", value))
+        self._num_samples = value
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """Refuse a positive number of draws that the estimator cannot use; here none.
+
+        It is called whenever the number is set, first by the constructor of the base class, which knows the family.
+
+        Raises:
+            ValueError: Too few or too many draws, or an odd number where there have to be pairs.
+        """
 
     @property
     def latent_dim(self) -> int:
