@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -253,7 +254,8 @@ class StochasticLayer(nn.Module, ABC):
                 q = self.law(prepared.detach())
                 z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
                 sample = self._sample(q, z, log_density=log_density)
-        dtype = (params if isinstance(params, Tensor) else params[0]).dtype
+        parts = [params] if isinstance(params, Tensor) else params
+        dtype = reduce(torch.promote_types, [part.dtype for part in parts])
         if sample.z.dtype == dtype:
             return sample
         z = sample.z.to(dtype)

@@ -163,6 +163,24 @@ def test_parts_may_be_passed_one_by_one():
         layer((torch.randn(5, 3), torch.zeros(5, 2)))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (torch.int64, torch.float32, torch.float32),  # a loc of zeros that was written as integers
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_draws_of_parts_have_the_precision_that_holds_them_all(first, second, expected, training):
+    layer = sl.create("gaussian", latent_dim=3).train(training)
+    z = layer((torch.zeros(5, 3, dtype=first), torch.zeros(3, dtype=second)))
+    assert z.dtype == expected
+    assert bool((z != 0).any())
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, on Dirichlet draws
 @pytest.mark.parametrize("family", ["gaussian_full", "student_t", "dirichlet", "kumaraswamy", "power_spherical"])
 def test_pathwise_compiles_to_one_graph(family):
