@@ -237,6 +237,16 @@ def test_gaussian_has_the_values_and_derivatives_of_torch_s_own_law(shape):
     assert torch.autograd.gradgradcheck(ours, (loc, log_variance, value))
 
 
+def test_the_kl_of_gaussians_has_the_shape_of_torch_s_and_refuses_what_torch_refuses():
+    q, prior = GaussianFamily(5).distribution(torch.randn(3, 10)), GaussianFamily(5).standard()
+    alone = kl_divergence(q, prior)
+    torch.testing.assert_close(kl_divergence(q, prior.expand((2, 3))), alone.expand(2, 3))
+    torch.testing.assert_close(kl_divergence(q.base_dist, prior.expand((2, 3)).base_dist).sum(-1), alone.expand(2, 3))
+    for wrong in (GaussianFamily(4).standard(), prior.expand((2,))):
+        with pytest.raises(RuntimeError, match="must match"):
+            kl_divergence(q, wrong)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_more_probable_than_the_mode(family):
     layer = build(family)
