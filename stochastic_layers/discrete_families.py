@@ -68,20 +68,6 @@ class ChoiceFamily(Family):
     discrete = True
     takes_categories = True
 
-    @property
-    def in_features(self) -> int:
-        assert self.num_categories is not None
-        return self.latent_dim * self.num_categories
-
-    @property
-    def out_features(self) -> int:
-        return self.in_features
-
-    def unflatten(self, tensor: Tensor) -> Tensor:
-        """``[..., latent_dim * num_categories]`` -> ``[..., latent_dim, num_categories]``."""
-        assert self.num_categories is not None
-        return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.num_categories)
-
     def standard(self) -> Distribution:
         """The uniform choice."""
         return self.distribution(torch.zeros(self.in_features))

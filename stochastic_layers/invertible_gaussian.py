@@ -98,11 +98,6 @@ class InvertibleGaussianFamily(Family):
         assert self.num_categories is not None
         return 2 * self.latent_dim * (self.num_categories - 1)
 
-    @property
-    def out_features(self) -> int:
-        assert self.num_categories is not None
-        return self.latent_dim * self.num_categories
-
     def check(self, params: Tensor, low: float, high: float) -> None:
         super().check(params, low, high)
         if max(-low, high) > MAX_LOG_VARIANCE:
@@ -142,8 +137,7 @@ class InvertibleGaussianFamily(Family):
         return law.to_simplex(law.loc + law.scale * x.reshape(*x.shape[:-1], *law.loc.shape[-2:])).flatten(-2), weights
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
-        assert self.num_categories is not None
-        return super().log_prob(q, z.reshape(*z.shape[:-1], self.latent_dim, self.num_categories))
+        return super().log_prob(q, self.unflatten(z))
 
 
 @register("invertible_gaussian")
