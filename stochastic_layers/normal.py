@@ -169,6 +169,14 @@ def _kl_to_standard(q: LogVarianceNormal, p: StandardNormal) -> Tensor:
     return _excess(q).sub_(1).mul_(0.5)
 
 
+@register_kl(LogVarianceNormal, LogVarianceNormal)  # type: ignore[no-untyped-call,untyped-decorator]
+def _kl_by_log_variances(q: LogVarianceNormal, p: LogVarianceNormal) -> Tensor:
+    # torch's takes the logarithm of a ratio of variances, which underflows
+    difference = q.log_variance - p.log_variance
+    distance = ((q.loc - p.loc) * (-0.5 * p.log_variance).exp()).square()
+    return 0.5 * (difference.expm1() - difference + distance)
+
+
 @register_kl(DiagonalNormal, DiagonalNormal)  # type: ignore[no-untyped-call,untyped-decorator]
 def _kl_of_vectors(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
     base, prior = q.base_dist, p.base_dist
