@@ -7,6 +7,7 @@ import pytest
 import torch
 from pathwise_problems import FAMILIES, build, params_of
 from scipy import stats
+from torch.distributions import kl_divergence
 
 import stochastic_layers as sl
 from stochastic_layers.families import create_family
@@ -152,6 +153,22 @@ def test_low_rank_overflow_is_looked_for_example_by_example():
     assert bool(torch.isfinite(layer.sample(torch.stack([large, small])).log_prob).all())
     with pytest.raises(ValueError, match="the inverse covariance overflows"):
         layer.sample(torch.tensor([0.0, -40.0, 1e10]))
+
+
+@pytest.mark.parametrize("log_variance", [-39.0, -45.0, -60.0, -79.0])
+@pytest.mark.parametrize("factor", [0.0, 1e-8, 1.0, 1e3])
+def test_a_small_variance_beside_a_factor_has_finite_derivatives_or_is_refused(log_variance, factor):
+    layer = sl.create("pathwise", latent_dim=2, family="gaussian_low_rank")
+    params = torch.tensor([0.1, 0.2, log_variance, 0.0, factor, factor], requires_grad=True)
+    try:
+        sample = layer.sample(params)
+    except ValueError as error:
+        assert (
+            log_variance < -40 or factor > 1
+        ) and "the inverse covariance overflows in float32, or its derivative" in str(error)
+        return
+    for value in (kl_divergence(sample.q, layer.family.standard()), sample.log_prob.sum(), sample.z.sum()):
+        assert bool(torch.isfinite(torch.autograd.grad(value, params, retain_graph=True)[0]).all())
 
 
 def test_parts_may_be_passed_one_by_one():
