@@ -240,8 +240,9 @@ class StochasticLayer(nn.Module, ABC):
             RuntimeError: The layer gets a gradient from the cost or from an auxiliary loss, and reentrant activation
                 checkpointing around it computes it again.
         """
-        if not (context is None or isinstance(context, Tensor)):
-            raise ValueError(f"needed a tensor [*batch, F] as context, got {type(context).__name__}.")
+        if not (context is None or (isinstance(context, Tensor) and context.dim())):
+            got = "a number" if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"needed a tensor [*batch, F] as context, got {got}.")
         prepared = self.family.prepare(params)
         if not torch.is_grad_enabled():
             prepared = prepared.detach()  # the credit is computed later, with gradients on

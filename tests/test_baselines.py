@@ -212,6 +212,13 @@ def test_a_baseline_that_would_mix_examples_is_refused(name):
         sample.surrogate(sample.z.sum(-1))
 
 
+@pytest.mark.parametrize(("name", "options"), [("reinforce", {"baseline": "learned"}), ("nvil", {}), ("relax", {})])
+@pytest.mark.parametrize("context", [torch.tensor(1.0), 1.0])
+def test_a_number_is_no_context(name, options, context):
+    with pytest.raises(ValueError, match=r"needed a tensor \[\*batch, F\] as context, got"):
+        sl.create(name, latent_dim=3, **options).sample(torch.zeros(5, 3), context)
+
+
 def test_a_module_of_the_user_is_a_baseline():
     class Table(nn.Module):
         def __init__(self):
