@@ -160,13 +160,14 @@ class ARMS(StochasticLayer):
         copula: Literal["dirichlet", "gaussian"] = "dirichlet",
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
-        require_two(num_samples)
         if copula not in ("dirichlet", "gaussian"):
             raise ValueError(f"needed copula 'dirichlet' or 'gaussian', got {copula!r}.")
         self.copula = copula
 
+    def check_num_samples(self, num_samples: int) -> None:
+        require_two(num_samples)
+
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
-        require_two(self.num_samples)  # the attribute may have been set since
         gaussian = self.copula == "gaussian"
         draw, ratio = (
             (gaussian_copula_bits, gaussian_independence_ratio) if gaussian else (copula_bits, independence_ratio)
@@ -177,7 +178,7 @@ class ARMS(StochasticLayer):
         def credit(cost: Tensor) -> Tensor:
             cost = cost.detach()
             cost = cost - cost[:1]  # so that a constant cost is exactly zero below, whatever its rounding
-            advantage = (cost - cost.mean(0)) / (self.num_samples - 1)
+            advantage = (cost - cost.mean(0)) / (len(cost) - 1)
             return (advantage * sum_rightmost(weight * params, cost.dim())).sum(0)
 
         return self._sample(self.law(params), z, credit=credit)

@@ -216,8 +216,25 @@ class LearnedBaseline(Baseline):
 
 
 def as_of_now(baseline: nn.Module | None) -> Prediction | None:
-    """What a sample that is drawn now is to be compared with; a module of another kind is called as it is."""
-    return baseline.as_of_now() if isinstance(baseline, Baseline) else baseline
+    """What a sample that is drawn now is to be compared with; a module of another kind is called as it is.
+
+    Raises:
+        ValueError: From the prediction: its shape would compare examples with each other's predictions.
+    """
+    if baseline is None:
+        return None
+    predict: Prediction = baseline.as_of_now() if isinstance(baseline, Baseline) else baseline
+
+    def checked(cost: Tensor, context: Tensor) -> Tensor:
+        prediction = predict(cost, context)
+        if not broadcasts(prediction.shape, cost.shape):
+            raise ValueError(
+                f"needed a prediction that broadcasts to the cost {list(cost.shape)}, got {list(prediction.shape)} "
+                f"from the baseline {type(baseline).__name__}; return one value for each example, by .squeeze(-1) say."
+            )
+        return prediction
+
+    return checked
 
 
 _BASELINES: dict[str, type[Baseline] | None] = {

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, OneHotCategorical
+from torch.distributions import Categorical, Distribution, OneHotCategorical, register_kl
 from torch.distributions.utils import lazy_property
 
 from stochastic_layers.auxiliary import eager_on_cpu, kernels_usable
 from stochastic_layers.noise import double_uniform
 
 __all__ = [
+    "SoftmaxOneHot",
     "draw_categorical",
     "draw_index",
     "log_prob_of_index",
@@ -215,15 +216,25 @@ def log_prob_of_index(q: OneHotCategorical, index: Tensor) -> Tensor:
     return result.movedim(-1, 0)
 
 
-def one_hot_categorical(logits: Tensor) -> OneHotCategorical:
+class SoftmaxOneHot(OneHotCategorical):
+    """A law under which no category is impossible, also where its probability is 0 in float32: the KL is finite."""
+
+
+@register_kl(SoftmaxOneHot, SoftmaxOneHot)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl_of_softmaxes(q: SoftmaxOneHot, p: SoftmaxOneHot) -> Tensor:
+    return (q.probs * (q.logits - p.logits)).sum(-1)
+
+
+def one_hot_categorical(logits: Tensor, *, law: type[OneHotCategorical] = SoftmaxOneHot) -> OneHotCategorical:
     """``OneHotCategorical(logits=logits)`` without torch's validation, and normalised only when it is asked for.
 
     The validation costs a synchronisation with the device, fails on an empty batch, and has been done on params.
 
     Args:
         logits: ``[*batch, C]``, finite.
+        law: Of its type; that of torch has an infinite KL to where a probability is 0.
     """
-    q = OneHotCategorical.__new__(OneHotCategorical)
+    q = law.__new__(law)
     q._categorical = _LazyCategorical(logits)
     Distribution.__init__(q, logits.shape[:-1], logits.shape[-1:], validate_args=False)
     return q

@@ -247,7 +247,10 @@ def _update(
 
 
 def _nearest(rows: Tensor, centers: Tensor) -> Tensor:
-    # |x - c|^2 less |x|^2, which is the same for all codes
+    # |x - c|^2 less |x|^2, which is the same for all codes; about their middle, as the square of a common offset would
+    # swallow the distances
+    middle = centers.mean(0)
+    rows, centers = rows - middle, centers - middle
     return torch.addmm(centers.square().sum(-1), rows, centers.t(), alpha=-2).argmin(-1)
 
 

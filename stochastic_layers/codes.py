@@ -73,10 +73,11 @@ class Codes(nn.Module, ABC):
         """Refuse what cannot be an index.
 
         Raises:
-            ValueError: Floating-point numbers, or a wrong trailing shape.
+            ValueError: No integers, or a wrong trailing shape.
         """
         n = len(self.index_shape)
-        if indices.is_floating_point() or tuple(indices.shape[indices.dim() - n :]) != self.index_shape:
+        integers = not indices.is_floating_point() and indices.dtype != torch.bool
+        if not integers or tuple(indices.shape[indices.dim() - n :]) != self.index_shape:
             raise ValueError(
                 f"needed integer indices [..., {', '.join(map(str, self.index_shape))}], got {indices.dtype} "
                 f"{list(indices.shape)}; take them from layer.indices(params)."

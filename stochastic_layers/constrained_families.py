@@ -175,28 +175,15 @@ class DirichletFamily(ContinuousFamily):
     parts = ("raw_concentration",)
     limits: ClassVar[Mapping[str, float]] = {"raw_concentration": MAX_CONCENTRATION}
 
-    @property
-    def in_features(self) -> int:
-        assert self.num_categories is not None
-        return self.latent_dim * self.num_categories
-
-    @property
-    def out_features(self) -> int:
-        return self.in_features
-
-    def _unflatten(self, tensor: Tensor) -> Tensor:
-        assert self.num_categories is not None
-        return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.num_categories)
-
     def distribution(self, params: Tensor) -> Distribution:
-        return independent(Dirichlet(self._unflatten(positive(params)), validate_args=False))
+        return independent(Dirichlet(self.unflatten(positive(params)), validate_args=False))
 
     def rsample(self, q: Distribution, num_samples: int) -> Tensor:
         z = super().rsample(q, num_samples)
         return z.clamp_min(torch.finfo(z.dtype).tiny).flatten(-2)
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
-        return super().log_prob(q, self._unflatten(z))
+        return super().log_prob(q, self.unflatten(z))
 
     def mode(self, q: Distribution) -> Tensor:
         """The inner mode; where no concentration exceeds 1, the corner of the largest, or the centre for a tie of 1."""

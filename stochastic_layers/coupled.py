@@ -61,6 +61,8 @@ class PairLayer(StochasticLayer):
         self, latent_dim: int, *, family: str, num_categories: int | None = None, num_samples: int = 2
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+
+    def check_num_samples(self, num_samples: int) -> None:
         if num_samples % 2:
             raise ValueError(
                 f"needed an even num_samples, two points for each antithetic pair, got {num_samples}; pass "

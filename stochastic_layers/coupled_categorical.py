@@ -92,13 +92,14 @@ class CARMS(StochasticLayer):
         self, latent_dim: int, *, num_categories: int | None = None, family: str = "categorical", num_samples: int = 4
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+
+    def check_num_samples(self, num_samples: int) -> None:
         require_two(num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         assert isinstance(self.family, CategoricalFamily)
         logits = self.family.unflatten(params)
         count = self.num_samples
-        require_two(count)  # the attribute may have been set since
         sticks, decode = ordered_sticks(logits.detach(), "ascending")
         bits = copula_bits(sticks, count)
         z, reached = decode(bits)  # [K, *batch, L, C], [K, *batch, L, C - 1]
@@ -168,8 +169,7 @@ class ARSM(StochasticLayer):
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
         assert self.num_categories is not None
         size = self.num_categories
-        count = size * (size - 1) // 2 + 1
-        check_points("arsm", num_samples * count, self.out_features, "'carms' or 'leave_one_out'")
+        count = self._num_swaps
         m, j = torch.triu_indices(size, size, 1)
         number = torch.arange(1, count)  # no swap is point 0
         swaps = torch.arange(size).repeat(count, 1)  # [T, C]
@@ -178,6 +178,15 @@ class ARSM(StochasticLayer):
         point[m, j] = point[j, m] = number
         self.register_buffer("swaps", swaps, persistent=False)
         self.register_buffer("point", point, persistent=False)
+
+    @property
+    def _num_swaps(self) -> int:
+        """Number of different swaps, none among them."""
+        assert self.num_categories is not None
+        return self.num_categories * (self.num_categories - 1) // 2 + 1
+
+    def check_num_samples(self, num_samples: int) -> None:
+        check_points("arsm", num_samples * self._num_swaps, self.out_features, "'carms' or 'leave_one_out'")
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         assert isinstance(self.family, CategoricalFamily)

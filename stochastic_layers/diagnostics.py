@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stochastic_layers.layer import StochasticLayer
+from stochastic_layers.options import check_positive_int
 from stochastic_layers.preserved import preserved
 from stochastic_layers.redraws import MAX_BYTES, CostOfSample, Moments, redraw
 from stochastic_layers.reference import MAX_OUTCOMES, Reference, ReferenceKind, fewer_groups, gradient_reference
@@ -224,7 +225,8 @@ def gradient_statistics(
         context: Context ``[*batch, F]`` for a learned baseline.
 
     Raises:
-        ValueError: ``num_draws < 2``, ``chunk_size < 1``, a reference that does not fit, or a layer in evaluation mode.
+        ValueError: ``num_draws < 2``, ``chunk_size < 1``, no examples, a reference that does not fit, or a layer in
+            evaluation mode.
 
     Example:
         >>> import torch, stochastic_layers as sl
@@ -283,12 +285,12 @@ def sample_gradient_statistics(
     Raises:
         ValueError: See :func:`gradient_statistics`.
     """
-    if num_draws < 2:
-        raise ValueError(f"needed num_draws >= 2 to measure a variance, got {num_draws}.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"needed chunk_size >= 1, got {chunk_size}.")
-    if max_bytes < 1:
-        raise ValueError(f"needed max_bytes >= 1, got {max_bytes}.")
+    check_positive_int("num_draws", num_draws, "a variance takes two", least=2)
+    if chunk_size is not None:
+        check_positive_int("chunk_size", chunk_size)
+    check_positive_int("max_bytes", max_bytes)
+    if not params.numel():
+        raise ValueError(f"needed at least one example, got params {list(params.shape)}; leave empty batches out.")
     if not layer.training:
         raise ValueError(
             "needed a layer in training mode, got one in eval(), which has no estimator; call layer.train()."

@@ -7,13 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent
+from torch.distributions import Bernoulli, Distribution, Independent, register_kl
+from torch.nn.functional import softplus
 
 from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot, one_hot_categorical
 from stochastic_layers.families import Family, register_family
 from stochastic_layers.noise import below, double_uniform
 
-__all__ = ["BernoulliFamily", "CategoricalFamily", "ChoiceFamily"]
+__all__ = ["BernoulliFamily", "CategoricalFamily", "ChoiceFamily", "SigmoidBernoulli"]
+
+
+class SigmoidBernoulli(Bernoulli):
+    """A law under which no bit is certain, also where its probability is 0 or 1 in float32: the KL is finite.
+
+    torch's is infinite to a law of probability 1, which float32 has from a logit of 17 on.
+    """
+
+
+@register_kl(SigmoidBernoulli, SigmoidBernoulli)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl_of_bits(q: SigmoidBernoulli, p: SigmoidBernoulli) -> Tensor:
+    ours, theirs = q.logits, p.logits
+    one = ours.sigmoid() * (softplus(-theirs) - softplus(-ours))
+    zero = (-ours).sigmoid() * (softplus(theirs) - softplus(ours))
+    return one + zero
 
 
 def _base(q: Distribution) -> Any:
@@ -34,7 +50,7 @@ class BernoulliFamily(Family):
         return self.distribution(torch.zeros(self.in_features))
 
     def distribution(self, params: Tensor) -> Distribution:
-        return Independent(Bernoulli(logits=params, validate_args=False), 1, validate_args=False)
+        return Independent(SigmoidBernoulli(logits=params, validate_args=False), 1, validate_args=False)
 
     def sample(self, q: Distribution, num_samples: int) -> Tensor:
         logits = _base(q).logits.detach()
@@ -67,20 +83,6 @@ class ChoiceFamily(Family):
 
     discrete = True
     takes_categories = True
-
-    @property
-    def in_features(self) -> int:
-        assert self.num_categories is not None
-        return self.latent_dim * self.num_categories
-
-    @property
-    def out_features(self) -> int:
-        return self.in_features
-
-    def unflatten(self, tensor: Tensor) -> Tensor:
-        """``[..., latent_dim * num_categories]`` -> ``[..., latent_dim, num_categories]``."""
-        assert self.num_categories is not None
-        return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.num_categories)
 
     def standard(self) -> Distribution:
         """The uniform choice."""

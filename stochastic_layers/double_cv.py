@@ -122,8 +122,10 @@ class DoubleControlVariate(StochasticLayer):
         decay: float = 0.99,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
-        require_two(num_samples)
         self.coefficients = OptimalCoefficients(1, decay)
+
+    def check_num_samples(self, num_samples: int) -> None:
+        require_two(num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.family.distribution(params)
@@ -140,7 +142,7 @@ class DoubleControlVariate(StochasticLayer):
             if slope is None:
                 return inject(estimate, params)
             slope = joined(slope, ndim)
-            others = (slope.sum(0) - slope) / (self.num_samples - 1)
+            others = (slope.sum(0) - slope) / (len(slope) - 1)
             linear = from_others((others * score).sum(-1))
             control = (linear.unsqueeze(-1) * score).mean(0) - covariance_product(
                 self.family, params, center, slope.mean(0)

@@ -55,7 +55,7 @@ class Family(ABC):
     @property
     def in_features(self) -> int:
         """Size of the last dimension of params."""
-        return self.latent_dim * len(self.parts)
+        return self.latent_dim * (self.num_categories or 1) * len(self.parts)
 
     @property
     def part_sizes(self) -> tuple[int, ...]:
@@ -65,7 +65,11 @@ class Family(ABC):
     @property
     def out_features(self) -> int:
         """Size of the last dimension of z."""
-        return self.latent_dim
+        return self.latent_dim * (self.num_categories or 1)
+
+    def unflatten(self, tensor: Tensor) -> Tensor:
+        """``[..., latent_dim * n]``, latent by latent, -> ``[..., latent_dim, n]``."""
+        return tensor.reshape(*tensor.shape[:-1], self.latent_dim, tensor.shape[-1] // self.latent_dim)
 
     @abstractmethod
     def distribution(self, params: Tensor) -> Distribution:

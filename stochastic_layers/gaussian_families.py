@@ -158,12 +158,15 @@ class LowRankGaussianFamily(_MultivariateGaussian):
         super().check(params, low, high)
         if low < -30 or high > 1000:  # cheap: the exact look is needed only then
             _, log_variance, factor = self.split(params)
-            ratio = 2 * factor.abs().amax(-1).log() - log_variance.amin(-1)  # of each example
-            reach = float(ratio.max()) + math.log(self.latent_dim)
+            least, largest = log_variance.amin(-1), factor.abs().amax(-1).log()  # of each example
+            inverse = 2 * largest - least + math.log(self.latent_dim)
+            slope = torch.maximum(largest, 0.5 * least) - 2 * least  # of draws over variances, by the log-variance
+            reach = float(torch.maximum(inverse, slope).max())
             if reach > MAX_LOG_VARIANCE:
                 raise ValueError(
-                    f"needed factor^2 / variance below exp({MAX_LOG_VARIANCE:g}) for family {self.name!r}, got "
-                    f"exp({reach:.3g}): the inverse covariance overflows in float32; clamp the log-variance."
+                    f"needed factor^2 / variance and factor / variance^2 below exp({MAX_LOG_VARIANCE:g}) for family "
+                    f"{self.name!r}, got exp({reach:.3g}): the inverse covariance overflows in float32, or its "
+                    "derivative; clamp the log-variance."
                 )
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
+from torch.nn.functional import pad
 
 from stochastic_layers.families import MAX_LOG_VARIANCE, Family, register_family
 from stochastic_layers.gaussian_families import gaussian_nodes
@@ -55,14 +56,21 @@ class InvertibleGaussianDistribution(Distribution):
         # a coordinate that has rounded to zero counts as the smallest positive number
         log_z = value.clamp_min(torch.finfo(value.dtype).tiny).log()
         y = self.temperature * (log_z[..., :-1] - log_z[..., -1:])
-        size = self.loc.shape[-1]
+        return self._log_density((y - self.loc) / self.scale, log_z)
+
+    def log_prob_of_noise(self, noise: Tensor) -> Tensor:
+        """log q of what standard normal noise ``[..., C - 1]`` becomes; finite also where z has rounded to zero."""
+        y = self.loc + self.scale * noise
+        return self._log_density(noise, pad(y / self.temperature, (0, 1)).log_softmax(-1))
+
+    def _log_density(self, noise: Tensor, log_z: Tensor) -> Tensor:
         # det dz/dy = temperature^-(C - 1) prod_i z_i, over all C coordinates
-        density = -0.5 * ((y - self.loc) / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
-        return density.sum(-1) + size * math.log(self.temperature) - log_z.sum(-1)
+        density = -0.5 * noise.square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
+        return density.sum(-1) + self.loc.shape[-1] * math.log(self.temperature) - log_z.sum(-1)
 
     def to_simplex(self, y: Tensor) -> Tensor:
         """softmax++ of y ``[..., C - 1]`` -> ``[..., C]``."""
-        return torch.nn.functional.pad(y / self.temperature, (0, 1)).softmax(-1)
+        return pad(y / self.temperature, (0, 1)).softmax(-1)
 
 
 @register_kl(InvertibleGaussianDistribution, InvertibleGaussianDistribution)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -97,11 +105,6 @@ class InvertibleGaussianFamily(Family):
     def in_features(self) -> int:
         assert self.num_categories is not None
         return 2 * self.latent_dim * (self.num_categories - 1)
-
-    @property
-    def out_features(self) -> int:
-        assert self.num_categories is not None
-        return self.latent_dim * self.num_categories
 
     def check(self, params: Tensor, low: float, high: float) -> None:
         super().check(params, low, high)
@@ -142,8 +145,7 @@ class InvertibleGaussianFamily(Family):
         return law.to_simplex(law.loc + law.scale * x.reshape(*x.shape[:-1], *law.loc.shape[-2:])).flatten(-2), weights
 
     def log_prob(self, q: Distribution, z: Tensor) -> Tensor:
-        assert self.num_categories is not None
-        return super().log_prob(q, z.reshape(*z.shape[:-1], self.latent_dim, self.num_categories))
+        return super().log_prob(q, self.unflatten(z))
 
 
 @register("invertible_gaussian")
@@ -202,7 +204,11 @@ class InvertibleGaussian(StochasticLayer):
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
-        return self._sample(q, self.family.rsample(q, self.num_samples))
+        assert isinstance(q, Independent) and isinstance(q.base_dist, InvertibleGaussianDistribution)
+        law = q.base_dist
+        noise = normal((self.num_samples, *law.loc.shape), law.loc)
+        z = law.to_simplex(law.loc + law.scale * noise).flatten(-2)
+        return self._sample(q, z, log_density=lambda: law.log_prob_of_noise(noise).sum(-1))
 
     @property
     def temperature(self) -> float:

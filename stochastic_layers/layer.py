@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -165,12 +166,31 @@ class StochasticLayer(nn.Module, ABC):
             raise ValueError(
                 f"{self.name or type(self).__name__!r} supports the families {self.families}, got {name!r}; {advice}"
             )
-        self.num_samples = check_positive_int("num_samples", num_samples)
         self.family: Family = create_family(family, latent_dim, num_categories)
+        self.num_samples = num_samples
 
     @abstractmethod
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         """Training draws. ``params`` are checked and at least float32; autocast is off."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number S of draws per example; assign another to change it, which the layer checks as at construction."""
+        return self._num_samples
+
+    @num_samples.setter
+    def num_samples(self, value: int) -> None:
+        self.check_num_samples(check_positive_int("num_samples", value))
+        self._num_samples = value
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """Refuse a positive number of draws that the estimator cannot use; here none.
+
+        It is called whenever the number is set, first by the constructor of the base class, which knows the family.
+
+        Raises:
+            ValueError: Too few or too many draws, or an odd number where there have to be pairs.
+        """
 
     @property
     def latent_dim(self) -> int:
@@ -220,8 +240,9 @@ class StochasticLayer(nn.Module, ABC):
             RuntimeError: The layer gets a gradient from the cost or from an auxiliary loss, and reentrant activation
                 checkpointing around it computes it again.
         """
-        if not (context is None or isinstance(context, Tensor)):
-            raise ValueError(f"needed a tensor [*batch, F] as context, got {type(context).__name__}.")
+        if not (context is None or (isinstance(context, Tensor) and context.dim())):
+            got = "a number" if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"needed a tensor [*batch, F] as context, got {got}.")
         prepared = self.family.prepare(params)
         if not torch.is_grad_enabled():
             prepared = prepared.detach()  # the credit is computed later, with gradients on
@@ -234,7 +255,8 @@ class StochasticLayer(nn.Module, ABC):
                 q = self.law(prepared.detach())
                 z, log_density = self.family.sample_with_log_prob(q, self.num_samples)
                 sample = self._sample(q, z, log_density=log_density)
-        dtype = (params if isinstance(params, Tensor) else params[0]).dtype
+        parts = [params] if isinstance(params, Tensor) else params
+        dtype = reduce(torch.promote_types, [part.dtype for part in parts])
         if sample.z.dtype == dtype:
             return sample
         z = sample.z.to(dtype)

@@ -52,7 +52,16 @@ class BinaryQuantizer(QuantizedLayer):
     ) -> None:
         super().__init__(latent_dim, codes, family=family, commitment_weight=commitment_weight)
         self.entropy_weight = check_positive("entropy_weight", entropy_weight, or_zero=True)
-        self.temperature = check_temperature("temperature", temperature, "0.01 to 1 is usual")
+        self.temperature = temperature
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the soft assignment; assign a positive number to change it."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = check_temperature("temperature", value, "0.01 to 1 is usual")
 
     def penalties(self, x: Tensor, hard: Tensor, indices: Tensor) -> Mapping[str, Tensor]:
         losses = dict(super().penalties(x, hard, indices))

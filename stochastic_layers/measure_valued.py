@@ -66,7 +66,10 @@ class MeasureValued(StochasticLayer):
 
     def __init__(self, latent_dim: int, *, family: str = "gaussian", num_samples: int = 1) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
-        check_points("measure_valued", num_samples * (4 * latent_dim + 1), latent_dim, "'pathwise' or 'leave_one_out'")
+
+    def check_num_samples(self, num_samples: int) -> None:
+        points = num_samples * (4 * self.latent_dim + 1)
+        check_points("measure_valued", points, self.latent_dim, "'pathwise' or 'leave_one_out'")
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)

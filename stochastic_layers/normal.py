@@ -153,19 +153,34 @@ class DiagonalNormal(Independent):  # type: ignore[type-arg]
         return DiagonalNormal(self.base_dist.expand(torch.Size(batch_shape) + self.event_shape))
 
 
+def _covers(q: Distribution, p: Distribution) -> bool:
+    """Whether p has the shape of q or of its last dimensions, so that the KL has that of q."""
+    return q.batch_shape[len(q.batch_shape) - len(p.batch_shape) :] == p.batch_shape
+
+
 def _excess(q: LogVarianceNormal) -> Tensor:
     return torch.addcmul(q.loc * q.loc - q.log_variance, q.scale, q.scale)
 
 
 @register_kl(LogVarianceNormal, StandardNormal)  # type: ignore[no-untyped-call,untyped-decorator]
 def _kl_to_standard(q: LogVarianceNormal, p: StandardNormal) -> Tensor:
+    if not _covers(q, p):
+        return kl_divergence(Normal(q.loc, q.scale, validate_args=False), p)
     return _excess(q).sub_(1).mul_(0.5)
+
+
+@register_kl(LogVarianceNormal, LogVarianceNormal)  # type: ignore[no-untyped-call,untyped-decorator]
+def _kl_by_log_variances(q: LogVarianceNormal, p: LogVarianceNormal) -> Tensor:
+    # torch's takes the logarithm of a ratio of variances, which underflows
+    difference = q.log_variance - p.log_variance
+    distance = ((q.loc - p.loc) * (-0.5 * p.log_variance).exp()).square()
+    return 0.5 * (difference.expm1() - difference + distance)
 
 
 @register_kl(DiagonalNormal, DiagonalNormal)  # type: ignore[no-untyped-call,untyped-decorator]
 def _kl_of_vectors(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
     base, prior = q.base_dist, p.base_dist
-    if isinstance(base, LogVarianceNormal) and isinstance(prior, StandardNormal):
+    if isinstance(base, LogVarianceNormal) and isinstance(prior, StandardNormal) and _covers(base, prior):
         if not kernels_usable():
             return _excess(base).sum(-1).sub(q.event_shape[0]).mul(0.5)
         kl: Tensor = _KLToStandard.apply(base.loc, base.log_variance, base.deviation)  # type: ignore[no-untyped-call]

@@ -173,6 +173,8 @@ class Antithetic(StochasticLayer):
 
     def __init__(self, latent_dim: int, *, family: str | Mapping[str, Any] = "gaussian", num_samples: int = 2) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
+
+    def check_num_samples(self, num_samples: int) -> None:
         if num_samples % 2:
             raise ValueError(f"needed an even num_samples for antithetic pairs, got {num_samples}; pass 2, 4, ...")
 
@@ -226,14 +228,22 @@ class QuasiMonteCarlo(StochasticLayer):
 
     def __init__(self, latent_dim: int, *, family: str = "gaussian", num_samples: int = 8) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
-        engine = torch.quasirandom.SobolEngine
-        if latent_dim > engine.MAXDIM:
-            raise ValueError(f"needed latent_dim <= {engine.MAXDIM}, got {latent_dim}; use 'antithetic' instead.")
-        points = engine(latent_dim).draw(num_samples, dtype=torch.float64)  # type: ignore[no-untyped-call]  # [S, D]
-        self.register_buffer("points", (points * 2**SOBOL_BITS).long(), persistent=False)
+        most = torch.quasirandom.SobolEngine.MAXDIM
+        if latent_dim > most:
+            raise ValueError(f"needed latent_dim <= {most}, got {latent_dim}; use 'antithetic' instead.")
+        self.register_buffer("points", self._net(), persistent=False)
+
+    def _net(self) -> Tensor:
+        """The first S points of the Sobol sequence ``[S, D]``, as integers of 30 digits."""
+        engine = torch.quasirandom.SobolEngine(self.latent_dim)  # type: ignore[no-untyped-call]
+        points = engine.draw(self.num_samples, dtype=torch.float64)
+        digits: Tensor = (points * 2**SOBOL_BITS).long()
+        return digits
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)
+        if len(self.points) != self.num_samples:  # it has been set since
+            self.points = self._net().to(self.points.device)
         shape = (*params.shape[:-1], self.latent_dim)
         shift = torch.randint(2**SOBOL_BITS, shape, device=params.device)
         points = self.points.view(-1, *[1] * (params.dim() - 1), self.latent_dim)

@@ -130,10 +130,6 @@ class QuantizedFamily(Family):
     def out_features(self) -> int:
         return self.in_features
 
-    def unflatten(self, tensor: Tensor) -> Tensor:
-        """``[..., latent_dim * code_dim]`` -> ``[..., latent_dim, code_dim]``."""
-        return tensor.reshape(*tensor.shape[:-1], self.latent_dim, self.codes.code_dim)
-
     def check(self, params: Tensor, low: float, high: float) -> None:
         super().check(params, low, high)
         if max(-low, high) > MAX_MAGNITUDE:

@@ -74,7 +74,7 @@ class QuantizedLayer(StochasticLayer):
         """z ``[*batch, out_features]`` of integer codes ``[*batch, latent_dim]``, from a prior over codes say.
 
         Raises:
-            ValueError: Not integers, or a wrong number of them.
+            ValueError: Not integers, a wrong number of them, or one that is no code's.
         """
         n = len(self.codes.index_shape)
         if indices.dim() <= n or indices.shape[indices.dim() - n - 1] != self.latent_dim:
@@ -82,6 +82,13 @@ class QuantizedLayer(StochasticLayer):
                 f"needed indices [*batch, {', '.join(map(str, (self.latent_dim, *self.codes.index_shape)))}], got "
                 f"{list(indices.shape)}; take them from layer.indices(params)."
             )
+        if not torch.compiler.is_compiling() and indices.numel():
+            low, high = (int(end) for end in torch.aminmax(indices))
+            if low < 0 or high >= self.num_codes:
+                raise ValueError(
+                    f"needed indices from 0 to {self.num_codes - 1}, got {low} to {high}; a prior over the codes has "
+                    "num_codes categories."
+                )
         return self.codes.decode(indices).flatten(-2)
 
     def perplexity(self, params: Tensor) -> Tensor:

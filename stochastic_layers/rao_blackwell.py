@@ -32,6 +32,8 @@ class _FlipLayer(StochasticLayer):
         num_samples: int = 1,
     ) -> None:
         super().__init__(latent_dim, family=family, num_categories=num_categories, num_samples=num_samples)
+
+    def check_num_samples(self, num_samples: int) -> None:
         points = num_samples * (1 + self.flips_per_draw)
         check_points(self.name, points, self.out_features, "'coordinate_flip' or 'leave_one_out'")
 

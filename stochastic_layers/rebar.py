@@ -182,7 +182,8 @@ class Rebar(TemperedLayer):
         q = family.distribution(params)
         mean = mean_point(q, params)
         hard, scores, slope = couple(family, params, draws)
-        relaxed = relax(family, scores.flatten(0, 1), self.temperature.to(params.dtype))  # [2S, ...], with graph to tau
+        temperature = self.temperature.to(params.dtype)  # that of the points, whatever it is when their cost is known
+        relaxed = relax(family, scores.flatten(0, 1), temperature)  # [2S, ...], with graph to tau
         points = differentiable_points(torch.cat([hard, relaxed]), params)
 
         def credit(cost: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class Rebar(TemperedLayer):
             if gradient is None:
                 return inject((cost[:draws].detach().unsqueeze(-1) * score).mean(0), params)
             # one copy of eta and tau per example, so that each example keeps its own objective
-            tau = self.temperature.to(params.dtype).expand(*cost.shape[1:], 1)
+            tau = temperature.expand(*cost.shape[1:], 1)
             eta = self.eta.to(params.dtype).expand(*cost.shape[1:], 1)
             relaxed_points, pulls = (pairs(joined(t, ndim)[draws:]) for t in (points, gradient))
             difference = pathwise_difference(family, relaxed_points, pulls, tau, center, joined(slope, ndim))

@@ -123,11 +123,13 @@ def redraw(
             sample = draw(leaf, None if context is None else context.expand(draws, *context.shape))
             loss = sample.surrogate(cost_of(sample)).sum()
             saved.add(sample.z)
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            # none where a layer that differentiates the cost is given one that does not depend on z through autograd
+            found = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
         times.append((_now(params) - start, draws))
         if chunk_size is None and count == 0:
             size = max(1, int(max_bytes / (saved.total / draws)))
-        gradient = gradient.double() if offset is None else gradient.double() + offset
+        gradient = torch.zeros_like(leaf, dtype=torch.float64) if found is None else found.double()
+        gradient = gradient if offset is None else gradient + offset
         if reference is not None:
             norms = gradient.flatten(1).norm(dim=1) * reference.norm()
             cosines = cosines + ((gradient.flatten(1) @ reference.flatten()) / norms.clamp_min(1e-300)).sum()

@@ -139,9 +139,8 @@ class Relax(TemperedLayer):
                 f"{list(context.shape)}; give every example its features."
             )
         hard, scores, slope = couple(family, params, draws)
-        relaxed = relax(
-            family, scores, self.temperature.to(params.dtype)
-        )  # [2, S, *batch, features], with graph to tau
+        tau = self.temperature.to(params.dtype)  # that of the points, whatever it is when their cost is known
+        relaxed = relax(family, scores, tau)  # [2, S, *batch, features], with graph to tau
         if not relaxed.requires_grad:
             relaxed = differentiable_points(relaxed, params)
         both = self.control_variate == "both"
@@ -150,7 +149,7 @@ class Relax(TemperedLayer):
 
         def credit(cost: Tensor) -> Tensor:
             ndim = cost.dim()
-            center, tau = joined(mean, ndim - 1), self.temperature.to(params.dtype)
+            center = joined(mean, ndim - 1)
             score, slopes = joined(read(), ndim) - center, joined(slope, ndim)
             tuned = self.log_temperature.requires_grad
             gradient = cost_gradient(cost[draws:], points, create_graph=tuned) if both else None

@@ -154,6 +154,8 @@ class GumbelSoftmax(TemperedLayer):
             learn_temperature=learn_temperature,
         )
         self.hard = hard
+        if hard:
+            self.needs = ("cost_gradient",)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q, family, temperature = self.law(params), self.family, self.temperature.to(params.dtype)

@@ -125,7 +125,6 @@ class Rodeo(StochasticLayer):
         taylor: bool = True,
     ) -> None:
         super().__init__(latent_dim, family=family, num_samples=num_samples)
-        require_two(num_samples)
         check_positive_int("hidden_features", hidden_features)
         last = nn.Linear(hidden_features, 2)
         if taylor:  # at the start the surrogates are the Taylor expansion itself
@@ -136,6 +135,9 @@ class Rodeo(StochasticLayer):
         self.coefficients = OptimalCoefficients(2, decay)
         self.moments = CostMoments(decay)
         self.variance = RelativeVariance()
+
+    def check_num_samples(self, num_samples: int) -> None:
+        require_two(num_samples)
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.family.distribution(params)
@@ -157,7 +159,7 @@ class Rodeo(StochasticLayer):
             standard, slope = (cost - level.to(cost.dtype)) / unit, joined(gradient, ndim) / unit
             first, second = (unit * part for part in self._stein(bits, center, standard, slope))
             self.moments.observe(cost)
-            others = (first.sum(0) - first) / (self.num_samples - 1)
+            others = (first.sum(0) - first) / (len(first) - 1)
             controls = torch.stack([-(others.unsqueeze(-1) * score).mean(0), second.mean(0)])
             self.coefficients.observe(estimate, controls.detach())
             alpha, beta = coefficients.to(cost.dtype)
@@ -174,7 +176,7 @@ class Rodeo(StochasticLayer):
         flip = center * (1 - bits) + (1 - center) * bits  # probability that resampling a bit changes it
 
         def others(value: Tensor) -> Tensor:
-            return torch.stack([value.roll(-shift, 0) for shift in range(1, self.num_samples)])  # [S - 1, S, ...]
+            return torch.stack([value.roll(-shift, 0) for shift in range(1, len(value))])  # [S - 1, S, ...]
 
         slopes = others(slope)
         level = others(cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, OneHotCategorical
 
 from stochastic_layers.categorical import one_hot_categorical
 from stochastic_layers.discrete_families import CategoricalFamily
@@ -83,7 +83,7 @@ class SparsemaxMarginalization(JointLayer):
         lowest = torch.finfo(probs.dtype).min / (4 * self.latent_dim)  # a sum over latents does not overflow
         on = probs > 0
         log_probs = torch.where(on, torch.where(on, probs, 1.0).log(), lowest)
-        return Independent(one_hot_categorical(log_probs), 1, validate_args=False)
+        return Independent(one_hot_categorical(log_probs, law=OneHotCategorical), 1, validate_args=False)
 
     def _probs(self, params: Tensor) -> Tensor:
         assert isinstance(self.family, CategoricalFamily)

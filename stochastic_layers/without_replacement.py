@@ -210,6 +210,9 @@ class UnorderedSet(JointLayer):
         baseline: Literal["built_in", "none"] = "built_in",
         max_outcomes: int = 65_536,
     ) -> None:
+        if baseline not in ("built_in", "none"):
+            raise ValueError(f"needed baseline 'built_in' or 'none', got {baseline!r}.")
+        self.baseline = baseline  # first, as the number of draws that will do depends on it
         super().__init__(
             latent_dim,
             family=family,
@@ -217,18 +220,17 @@ class UnorderedSet(JointLayer):
             num_samples=num_samples,
             max_outcomes=max_outcomes,
         )
-        if baseline not in ("built_in", "none"):
-            raise ValueError(f"needed baseline 'built_in' or 'none', got {baseline!r}.")
+
+    def check_num_samples(self, num_samples: int) -> None:
         if num_samples > MAX_SET:
             raise ValueError(
                 f"needed num_samples <= {MAX_SET}, because all subsets of the set are enumerated, got {num_samples}; "
                 "use 'sum_and_sample' or 'enumeration' for more points."
             )
-        if num_samples == 1 and baseline == "built_in":
+        if num_samples == 1 and self.baseline == "built_in":
             raise ValueError(
                 "needed num_samples >= 2 for baseline 'built_in', which compares the draws, got 1; use baseline='none'."
             )
-        self.baseline = baseline
 
     def draw(self, params: Tensor, context: Tensor | None) -> Sample:
         q = self.law(params)

@@ -200,6 +200,25 @@ def test_a_learned_baseline_predicts_a_summed_cost_by_the_sum_of_its_predictions
     torch.testing.assert_close(baseline(torch.zeros(4, 5), context), each.sum(-1))
 
 
+@pytest.mark.parametrize("name", ["reinforce", "nvil"])
+def test_a_baseline_that_would_mix_examples_is_refused(name):
+    class Column(nn.Module):
+        def forward(self, cost, context):
+            return context[:, :1]  # [B, 1] instead of [B]: with a cost [1, B], a matrix of all pairs of examples
+
+    layer = sl.create(name, latent_dim=3, baseline=Column())
+    sample = layer.sample(torch.zeros(5, 3, requires_grad=True))
+    with pytest.raises(ValueError, match=r"broadcasts to the cost \[1, 5\], got \[5, 1\] from the baseline Column"):
+        sample.surrogate(sample.z.sum(-1))
+
+
+@pytest.mark.parametrize(("name", "options"), [("reinforce", {"baseline": "learned"}), ("nvil", {}), ("relax", {})])
+@pytest.mark.parametrize("context", [torch.tensor(1.0), 1.0])
+def test_a_number_is_no_context(name, options, context):
+    with pytest.raises(ValueError, match=r"needed a tensor \[\*batch, F\] as context, got"):
+        sl.create(name, latent_dim=3, **options).sample(torch.zeros(5, 3), context)
+
+
 def test_a_module_of_the_user_is_a_baseline():
     class Table(nn.Module):
         def __init__(self):

@@ -24,6 +24,15 @@ def test_nearest_codes_are_those_of_brute_force():
     assert torch.equal(book.decode(book.indices(x)), book.vectors[torch.cdist(x, book.vectors).argmin(-1)])
 
 
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+def test_an_offset_of_embeddings_and_codes_does_not_hide_which_code_is_nearest(offset):
+    book = Codebook(64, 128)
+    book.vectors += offset
+    x = offset + torch.randn(1000, 64)
+    nearest = torch.cdist(x.double(), book.vectors.double()).argmin(-1)
+    assert torch.equal(book.indices(x), nearest)
+
+
 @pytest.mark.parametrize("levels", [(2,), (3,), (4,), (8, 5, 5), (7, 6, 2)], ids=str)
 def test_the_grid_has_exactly_its_levels_and_indices_and_codes_are_a_bijection(levels):
     codes = GridCodes(levels)

@@ -237,6 +237,32 @@ def test_gaussian_has_the_values_and_derivatives_of_torch_s_own_law(shape):
     assert torch.autograd.gradgradcheck(ours, (loc, log_variance, value))
 
 
+def test_the_kl_of_gaussians_has_the_shape_of_torch_s_and_refuses_what_torch_refuses():
+    q, prior = GaussianFamily(5).distribution(torch.randn(3, 10)), GaussianFamily(5).standard()
+    alone = kl_divergence(q, prior)
+    torch.testing.assert_close(kl_divergence(q, prior.expand((2, 3))), alone.expand(2, 3))
+    torch.testing.assert_close(kl_divergence(q.base_dist, prior.expand((2, 3)).base_dist).sum(-1), alone.expand(2, 3))
+    for wrong in (GaussianFamily(4).standard(), prior.expand((2,))):
+        with pytest.raises(RuntimeError, match="must match"):
+            kl_divergence(q, wrong)
+
+
+def test_the_kl_of_gaussians_is_finite_where_the_ratio_of_their_variances_underflows():
+    loc = torch.tensor([[0.0, 2.0, -1.0]]).repeat(2, 1)
+    variances = torch.tensor([[-80.0, -50.0, 0.3], [20.0, 50.0, 0.3]])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        params = torch.cat([loc, variances], -1).to(dtype).requires_grad_()
+        if dtype == torch.float32:
+            q, p = (GaussianFamily(3).distribution(row) for row in params)
+        else:
+            q, p = (Independent(Normal(row[:3], (0.5 * row[3:]).exp()), 1) for row in params)
+        kl = kl_divergence(q, p)
+        results.append([kl, *torch.autograd.grad(kl, params)])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_more_probable_than_the_mode(family):
     layer = build(family)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -303,7 +304,12 @@ def test_snr_of_an_exact_gradient_is_infinite_and_of_none_is_zero():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_draws": 1}, "num_draws >= 2"), ({"chunk_size": 0}, "chunk_size >= 1")],
+    [
+        ({"num_draws": 1}, "num_draws >= 2"),
+        ({"num_draws": 2.5}, "num_draws >= 2"),
+        ({"chunk_size": 0}, "chunk_size >= 1"),
+        ({"max_bytes": 0}, "max_bytes >= 1"),
+    ],
     ids=str,
 )
 def test_bad_sizes_are_refused(options, message):
@@ -327,3 +333,20 @@ def test_a_layer_in_evaluation_mode_is_refused():
     layer = sl.create("reinforce", latent_dim=3).eval()
     with pytest.raises(ValueError, match=r"layer\.train\(\)"):
         gradient_statistics(layer, torch.zeros(2, 3), lambda z: z.sum(-1))
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(ValueError, match=r"needed at least one example, got params \[0, 3\]"):
+        gradient_statistics(sl.create("reinforce", latent_dim=3), torch.zeros(0, 3), lambda z: z.sum(-1))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(()), torch.ones((), requires_grad=True)])
+def test_a_pathwise_layer_on_a_black_box_is_measured_to_have_no_gradient(weight):
+    """Whether the cost has parameters of its own or not: the estimate is zero, and all of the gradient is bias."""
+    layer, params = sl.create("gaussian", latent_dim=2), torch.zeros(3, 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the cost does not depend on z through autograd")
+        statistics = gradient_statistics(layer, params, lambda z: weight * (z > 0).float().sum(-1), num_draws=16)
+    assert statistics.total_variance == 0 and not bool(statistics.mean.any())
+    norm, error = statistics.relative_bias
+    assert abs(norm - 1) < 5 * error < 0.5

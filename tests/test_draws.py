@@ -1,5 +1,6 @@
 """Exact draws and their noise: laws against scipy, tails, many categories; kernels against plain formulas."""
 
+import itertools
 import math
 import shutil
 
@@ -238,6 +239,27 @@ def test_the_lazy_law_is_torchs():
     ]:
         torch.testing.assert_close(ours, theirs)
     assert lazy.sample((7,)).shape == (7, 4, 3, 6)
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0, 200.0, 1e4])
+@pytest.mark.parametrize("options", [{}, {"family": "categorical", "num_categories": 3}], ids=str)
+def test_the_kl_is_finite_where_probabilities_are_0_or_1_in_float32(options, size):
+    """torch's is infinite there: that of bits from a logit of 17 on, as a learned prior of a bit always on has it."""
+    layer = sl.create("reinforce", latent_dim=1, **options)
+    rows = torch.tensor(list(itertools.product([-size, 0.5, size], repeat=layer.in_features)))
+    every = torch.cartesian_prod(*[torch.arange(len(rows))] * 2)
+    found, exact = [], []
+    for dtype, results in ((torch.float32, found), (torch.float64, exact)):
+        q, p = (rows[every[:, i]].to(dtype).requires_grad_() for i in range(2))
+        if dtype == torch.float32:
+            kl = kl_divergence(layer.distribution(q), layer.distribution(p))
+        else:  # a bit is a category of logits (0, l)
+            log_q, log_p = (layer.family.outcome_scores(t).squeeze(-2).log_softmax(-1) for t in (q, p))
+            kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        results += [kl, *torch.autograd.grad(kl.sum(), (q, p))]
+    rounding = 8 * torch.finfo(torch.float32).eps * size  # of differences of logits
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=rounding)
 
 
 def test_with_value_has_the_value_of_one_and_the_gradient_of_the_other():

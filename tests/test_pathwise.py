@@ -7,6 +7,7 @@ import pytest
 import torch
 from pathwise_problems import FAMILIES, build, params_of
 from scipy import stats
+from torch.distributions import kl_divergence
 
 import stochastic_layers as sl
 from stochastic_layers.families import create_family
@@ -154,6 +155,22 @@ def test_low_rank_overflow_is_looked_for_example_by_example():
         layer.sample(torch.tensor([0.0, -40.0, 1e10]))
 
 
+@pytest.mark.parametrize("log_variance", [-39.0, -45.0, -60.0, -79.0])
+@pytest.mark.parametrize("factor", [0.0, 1e-8, 1.0, 1e3])
+def test_a_small_variance_beside_a_factor_has_finite_derivatives_or_is_refused(log_variance, factor):
+    layer = sl.create("pathwise", latent_dim=2, family="gaussian_low_rank")
+    params = torch.tensor([0.1, 0.2, log_variance, 0.0, factor, factor], requires_grad=True)
+    try:
+        sample = layer.sample(params)
+    except ValueError as error:
+        assert (
+            log_variance < -40 or factor > 1
+        ) and "the inverse covariance overflows in float32, or its derivative" in str(error)
+        return
+    for value in (kl_divergence(sample.q, layer.family.standard()), sample.log_prob.sum(), sample.z.sum()):
+        assert bool(torch.isfinite(torch.autograd.grad(value, params, retain_graph=True)[0]).all())
+
+
 def test_parts_may_be_passed_one_by_one():
     layer = sl.create("pathwise", latent_dim=3, family="gaussian_full")
     assert layer(tuple(torch.zeros(5, n) for n in (3, 3, 3))).shape == (5, 3)
@@ -161,6 +178,24 @@ def test_parts_may_be_passed_one_by_one():
     assert layer((torch.randn(5, 3), torch.zeros(1))).shape == (5, 3)
     with pytest.raises(ValueError, match="n = \\(3, 1\\)"):
         layer((torch.randn(5, 3), torch.zeros(5, 2)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (torch.int64, torch.float32, torch.float32),  # a loc of zeros that was written as integers
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_draws_of_parts_have_the_precision_that_holds_them_all(first, second, expected, training):
+    layer = sl.create("gaussian", latent_dim=3).train(training)
+    z = layer((torch.zeros(5, 3, dtype=first), torch.zeros(3, dtype=second)))
+    assert z.dtype == expected
+    assert bool((z != 0).any())
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, on Dirichlet draws

@@ -177,6 +177,31 @@ def test_what_is_not_an_index_is_refused():
             layer.decode(bad)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("number", ["one too large", -1])
+def test_a_number_that_is_no_code_s_is_not_decoded_as_another_s(name, number):
+    layer = build(name)
+    indices = layer.indices(embeddings(layer, 5))
+    indices.view(-1)[-1] = layer.num_codes if number == "one too large" else number
+    with pytest.raises(ValueError, match=f"needed indices from 0 to {layer.num_codes - 1}, got"):
+        layer.decode(indices)
+
+
+def test_truth_values_are_no_indices():
+    layer = build("lfq")
+    with pytest.raises(ValueError, match="needed integer indices"):
+        layer.decode(layer.indices(embeddings(layer, 5)) > 0)
+
+
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_set_is_checked(name, temperature):
+    layer = build(name, temperature=0.5)
+    with pytest.raises(ValueError, match="needed temperature > 0"):
+        layer.temperature = temperature
+    assert layer.temperature == 0.5
+
+
 # Gradients
 
 

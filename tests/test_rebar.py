@@ -232,6 +232,23 @@ def test_relax_learns_in_any_unit_of_the_cost(unit):
     assert total_variance(train(layer, params, Scaled(unit), copies=16), params, Scaled(unit)) < 0.7 * start
 
 
+@pytest.mark.parametrize("options", [BITS, CATEGORIES], ids=str)
+@pytest.mark.parametrize("name", ["rebar", "relax"])
+def test_points_are_credited_at_the_temperature_that_they_were_drawn_at(name, options):
+    """An optimizer step, or a schedule, may come between the draw and its cost; another temperature would be biased."""
+    gradients = []
+    for later in (0.5, 2.0):
+        torch.manual_seed(0)
+        layer, params = build(name, options)
+        if name == "relax":  # a network that has learned something
+            torch.nn.init.normal_(layer.network[-1].weight)
+        sample = layer.sample(params.requires_grad_())
+        layer.temperature = later
+        cost = PolynomialCost("quadratic", layer.out_features)
+        gradients += torch.autograd.grad(sample.surrogate(cost(sample.z)).sum(), params)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_parameters_have_one_dimension_and_survive_a_round_trip():
     layer = sl.create("rebar", latent_dim=3, temperature=0.25)
     assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {"eta": (1,), "log_temperature": (1,)}

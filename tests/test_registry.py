@@ -247,14 +247,6 @@ def test_a_temperature_that_is_part_of_the_law_is_shown_and_cannot_be_annealed_i
         layer.temperature = 0.1
 
 
-@pytest.mark.parametrize("name", ["leave_one_out", "arms", "carms"])
-def test_a_single_draw_that_is_compared_with_others_is_refused_also_where_it_was_set_later(name):
-    layer = sl.create(name, latent_dim=2, **({"num_categories": 3} if name == "carms" else {}))
-    layer.num_samples = 1
-    with pytest.raises(ValueError, match="needed num_samples >= 2, got 1"):
-        layer.sample(torch.zeros(3, layer.in_features, requires_grad=True)).surrogate(torch.ones(1, 3))
-
-
 def test_a_class_in_the_place_of_a_name_is_refused():
     with pytest.raises(ValueError, match="build a layer of a class by calling it"):
         sl.create(sl.Reinforce, latent_dim=2)

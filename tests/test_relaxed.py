@@ -143,6 +143,16 @@ def test_rounded_relaxed_draws_follow_the_discrete_law(options):
     check_law(layer, PARAMS[0, : layer.in_features].float())
 
 
+@pytest.mark.parametrize(
+    ("name", "soft"), [("gumbel_softmax", True), ("soft_sort", True), ("straight_through_gumbel", False)]
+)
+def test_only_soft_draws_ask_for_a_cost_of_points_between_the_outcomes(name, soft):
+    options = {"latent_dim": 2, "num_categories": 3}
+    assert ("relaxable_cost" in sl.create(name, **options).needs) == soft
+    if soft:
+        assert sl.create(name, **options, hard=True).needs == ("cost_gradient",)
+
+
 def test_entmax_gumbel_reaches_the_corners():
     params = torch.zeros(2000, 6)
     share = {}
