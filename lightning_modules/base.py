@@ -290,6 +290,12 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             )
 
     def on_fit_start(self) -> None:
+        for layer, network in zip(self.stochastic_layers, self.inference_networks, strict=True):
+            if not layer.training and any(p.requires_grad for p in network.parameters()):
+                raise ValueError(
+                    f"needed layer {layer.name!r} in training mode, got eval(), where its draws carry no gradient to "
+                    "the network before it; call model.train()."
+                )
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
 
     def setup(self, stage: str) -> None:

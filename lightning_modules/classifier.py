@@ -21,7 +21,7 @@ from lightning_modules.metrics import ExampleMean
 from lightning_modules.noise import own_noise
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
-from stochastic_layers import Sample, capture, surrogate
+from stochastic_layers import Sample, StochasticLayer, capture, surrogate
 from stochastic_layers.options import check_positive
 
 __all__ = ["StochasticClassifier"]
@@ -243,6 +243,13 @@ class StochasticClassifier(WeightsOnly):
         check_strategy(self.trainer.strategy)
         # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
         self.trainer.precision_plugin.convert_module(self)
+
+    def on_fit_start(self) -> None:
+        if not self.network.training and any(isinstance(m, StochasticLayer) for m in self.network.modules()):
+            raise ValueError(
+                "needed a network in training mode, got eval(), in which the draws of its layers carry no gradient; "
+                "call model.train()."
+            )
 
     def on_train_start(self) -> None:
         check_equal_batches(self.trainer.num_training_batches, self.device)

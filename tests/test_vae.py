@@ -369,3 +369,22 @@ def test_noise_is_added_by_default_and_not_twice(loader, tmp_path):
     run = trainer(tmp_path, max_steps=1, callbacks=[own])
     run.fit(VAE("gaussian"), loader, loader)
     assert [c for c in run.callbacks if isinstance(c, ReproducibleNoise)] == [own]
+
+
+def test_a_refused_model_leaves_the_parts_it_was_given_in_training_mode():
+    layer, encoder = sl.create("reinforce", latent_dim=4), nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Dropout())
+    with pytest.raises(ValueError, match="needed a decoder with outputs"):
+        VAE(layer, encoder=encoder, decoder=nn.Linear(4, 63))
+    assert layer.training and all(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize("build", [VAE, lambda *args, **parts: HierarchicalVAE([*args], prior="standard", **parts)])
+def test_networks_that_return_a_pair_are_answered_with_how_to_join_it(build):
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)), x
+
+    layer = sl.create("gaussian", latent_dim=2)
+    for part, network in (("encoder", Pair(64, 4)), ("decoder", Pair(2, 64))):
+        with pytest.raises(ValueError, match=f"needed an? {part} whose output is one tensor, got a tuple; join"):
+            build(layer, **{part: network})
