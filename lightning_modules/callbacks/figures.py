@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -72,8 +73,7 @@ def curves(history: History) -> Figure:
             axes.set(xticks=[], yticks=[], xlabel="")
             continue
         for key, series in measured.items():
-            steps, values = zip(*series, strict=True)
-            axes.plot(steps, values, label=key, linewidth=1.2)
+            _line(axes, series, label=key)
         axes.set_yscale(scale)
         if len(keys) > 1:
             axes.legend(frameon=False)
@@ -84,9 +84,8 @@ def schedules(history: History) -> Figure:
     """Every series over optimizer steps, one panel each: temperatures and the weight of the KL."""
     figure = Figure(figsize=(3.4 * len(history), 2.8), layout="constrained")
     for axes, (key, series) in zip(figure.subplots(1, len(history), squeeze=False)[0], history.items(), strict=True):
-        steps, values = zip(*series, strict=True)
-        axes.plot(steps, values, color=DARK, linewidth=1.2)
-        axes.set(title=key, xlabel="optimizer step", ylim=(0, 1.05 * max(values)))
+        _line(axes, series, color=DARK)
+        axes.set(title=key, xlabel="optimizer step", ylim=(0, 1.05 * max(value for _, value in series)))
     return figure
 
 
@@ -116,8 +115,7 @@ def latent_units(variances: Tensor, threshold: float, kl: Tensor | None, active:
     panels[1].minorticks_off()  # half of the time that the figure takes
     panels[1].axhline(threshold, color=BRIGHT, linewidth=1, linestyle="--")
     if active:
-        steps, values = zip(*active, strict=True)
-        panels[2].plot(steps, values, color=DARK, linewidth=1.2)
+        _line(panels[2], active, color=DARK)
     panels[2].set(title=f"active units, of {len(variances)}", xlabel="optimizer step")
     panels[2].set_ylim(-0.03 * len(variances), 1.05 * len(variances))  # a line at 0 is not on the frame
     panels[2].yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -155,6 +153,12 @@ def code_usage(frequencies: Tensor, perplexity: float, usage: float) -> Figure:
         figure.colorbar(image, ax=axes, label="share")
     axes.set_title(f"effective number {perplexity:.1f} of {codes}, {usage:.0%} in use", fontsize=10)
     return figure
+
+
+def _line(axes: Axes, series: Sequence[tuple[int, float]], **style: Any) -> None:
+    """A line over optimizer steps; a single point, of which there is no line, is a dot."""
+    steps, values = zip(*series, strict=True)
+    axes.plot(steps, values, linewidth=1.2, marker="o" if len(steps) == 1 else "", **style)
 
 
 def _bars(axes: Axes, values: Tensor, color: str) -> None:
