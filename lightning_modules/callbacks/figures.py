@@ -59,23 +59,23 @@ def curves(history: History) -> Figure:
     """ELBO, gradient variance and SNR over optimizer steps."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     panels = [
-        ("ELBO (nats per example)", ("train/elbo", "val/elbo"), "linear"),
-        ("gradient variance", ("train/grad_variance",), "log"),
-        ("gradient signal-to-noise ratio", ("train/grad_snr",), "linear"),
+        ("ELBO (nats per example)", ("train/elbo", "val/elbo")),
+        ("gradient variance", ("train/grad_variance",)),
+        ("gradient signal-to-noise ratio", ("train/grad_snr",)),
     ]
-    for axes, (title, keys, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+    variances = [value for _, value in history.get("train/grad_variance", ()) if value > 0]
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
         measured = {key: history[key] for key in keys if key in history}
         axes.set(title=title, xlabel="optimizer step")
-        if scale == "log" and not any(value > 0 for series in measured.values() for _, value in series):
-            measured = {}
-        if "grad" in keys[0] and not measured and history:  # not an empty panel where a layer has no variance
+        if "grad" in keys[0] and not variances and history:  # not a ratio to rounding where a layer has no variance
             axes.text(0.5, 0.5, "no noise was measured", ha="center", va="center", transform=axes.transAxes)
             axes.set(xticks=[], yticks=[], xlabel="")
             continue
         for key, series in measured.items():
             _line(axes, series, label=key)
-        axes.set_yscale(scale)
-        if len(keys) > 1:
+        if keys == ("train/grad_variance",) and max(variances) > 10 * min(variances):
+            axes.set_yscale("log")
+        if len(measured) > 1:
             axes.legend(frameon=False)
     return figure
 
@@ -168,4 +168,4 @@ def _bars(axes: Axes, values: Tensor, color: str) -> None:
     else:
         axes.fill_between(numbers, heights, step="mid", color=color)
     axes.set_xlim(0.4, len(values) + 0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
