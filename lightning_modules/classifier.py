@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_modules.build import default_adam
+from lightning_modules.build import build_optimizer, optimizer_function
 from lightning_modules.due import log_interval, step_is_due
 from lightning_modules.evaluation import evaluation_loader, unpadded
 from lightning_modules.metrics import ExampleMean
@@ -57,7 +57,8 @@ class StochasticClassifier(WeightsOnly):
         dataset_size: Number N of training examples, by which the KL is divided; needed with Bayesian layers only.
         eval_draws: Number of passes that are averaged in evaluation.
         lr: Learning rate.
-        optimizer: Function of parameters that returns an optimizer; by default fused Adam.
+        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam. Its learning rate is
+            ``lr``.
 
     Raises:
         ValueError: A number is out of range, or ``dataset_size`` is missing beside Bayesian layers.
@@ -102,7 +103,7 @@ class StochasticClassifier(WeightsOnly):
         self.dataset_size = dataset_size
         self.eval_draws = eval_draws
         self.lr = check_positive("lr", lr, or_zero=True)
-        self.make_optimizer = optimizer
+        self.make_optimizer = optimizer_function(optimizer)
         self.accuracies = nn.ModuleDict(
             {f"{s}_stage": MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
         )
@@ -236,8 +237,8 @@ class StochasticClassifier(WeightsOnly):
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
 
     def configure_optimizers(self) -> Optimizer:
-        make = self.make_optimizer or default_adam(self._trainer)
-        return make(self.network.parameters())
+        groups = [{"params": list(self.network.parameters()), "lr": self.lr}]
+        return build_optimizer(self.make_optimizer, groups, self.lr, self._trainer)
 
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)

@@ -99,7 +99,8 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         data_shape: Shape of one example.
         lr: Learning rate.
         baseline_lr: Learning rate of the layers' own parameters; ``lr`` if None.
-        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam.
+        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam. The groups have the
+            learning rates above; one that the function states as well must be ``lr``.
         iwae_samples: Stage (``"val"`` or ``"test"``) -> number of draws of the importance-weighted bound logged there.
 
     Raises:

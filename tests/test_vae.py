@@ -208,25 +208,6 @@ def test_options_out_of_range_are_found_at_construction(options, message):
         VAE("gaussian", {"latent_dim": 4}, **options)
 
 
-def test_the_optimizer_is_one_and_gives_the_layers_parameters_their_own_rate():
-    model = VAE("reinforce", {"baseline": "learned"}, lr=1e-3, baseline_lr=1e-2)
-    optimizer = model.configure_optimizers()
-    assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 1e-2]
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-    custom = VAE("gaussian", optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1)).configure_optimizers()
-    assert isinstance(custom, torch.optim.SGD)
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}, {"gradient_clip_algorithm": "value"}], ids=str)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_default_optimizer_is_fused_where_gradients_can_be_clipped_all_the_same(
-    precision, options, tmp_path, loader
-):
-    run = trainer(tmp_path, max_steps=2, precision=precision, **options)
-    run.fit(VAE("reinforce", {"latent_dim": 4}), loader, loader)
-    assert run.optimizers[0].defaults["fused"] == (precision == "32-true" or "gradient_clip_val" not in options)
-
-
 @pytest.mark.parametrize("every", [2, 3])
 def test_two_optimizers_by_hand_are_logged_as_often_as_one(every, loader, tmp_path):
     class ByHand(VAE):

@@ -75,7 +75,7 @@ def curves(history: History) -> Figure:
             _line(axes, series, label=key)
         if keys == ("train/grad_variance",) and max(variances) > 10 * min(variances):
             axes.set_yscale("log")
-        if len(measured) > 1:
+        if measured and len(keys) > 1:
             axes.legend(frameon=False)
     return figure
 
