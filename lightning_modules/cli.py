@@ -226,6 +226,13 @@ class CLI(LightningCLI):
                 way = f"to go on: the same command with --ckpt_path={last}" if last else "there is no checkpoint yet"
                 print(f"stochastic-layers: interrupted; {way}.", file=sys.stderr)
             sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+        except RuntimeError as error:
+            if "Early stopping conditioned on metric" not in str(error):
+                raise
+            raise ValueError(
+                "needed a val/elbo for --patience to wait for, got none; hold out validation data (--data.val_size), "
+                "or leave --patience out."
+            ) from error
 
     def after_fit(self) -> None:
         """Test the best weights, once, on the data that neither training nor the choice of weights has seen."""

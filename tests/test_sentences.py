@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from quiet_trainer import quiet_trainer
@@ -113,7 +114,9 @@ def test_a_missing_key_of_wandb_ends_in_a_sentence(refusal, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
     monkeypatch.setenv("NETRC", "no_such_file")
+    wandb.teardown()  # what an earlier test has told it
     message = refusal(*FIT, "--trainer.logger=WandbLogger")
+    wandb.teardown()
     assert message.startswith("stochastic-layers: needed a run of W&B, got ")
     assert message.endswith("; call `wandb login`, or keep the run on this machine: --trainer.logger.offline=true.")
 
@@ -123,6 +126,8 @@ def test_a_run_without_validation_says_where_its_weights_are(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     main([*FIT, "--data.val_size=0"])
     assert "as no validation chose any: runs/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="needed a val/elbo for --patience to wait for, got none"):
+        main([*FIT, "--data.val_size=0", "--patience=2"])
 
 
 @pytest.mark.parametrize("value", [None, "fast", "1e-3", float("nan"), float("inf"), -1.0])
