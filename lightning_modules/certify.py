@@ -46,21 +46,20 @@ def certify(
         progress: A progress bar to advance.
 
     Raises:
-        ValueError: Unknown name or family, or no layer of these accepts it, or ``jobs < 1``.
+        ValueError: Unknown name or family, or a layer that does not accept it, or ``jobs < 1``.
     """
     if jobs < 1:
         raise ValueError(f"needed jobs >= 1, got {jobs}.")
     classes = [registered_name(name) for name in names]  # before the family, which may be of the same module
     known = sl.list_layers(family=family)
-    chosen = list(names) or known
+    if others := [name for name in classes if family not in (None, *sl.describe(name).families)]:
+        raise ValueError(f"needed layers of the family {family!r}, got {others}; valid ones: {', '.join(known)}.")
     pairs = [
         (name, f)
-        for name, registered in zip(chosen, classes or known, strict=True)
+        for name, registered in zip(list(names) or known, classes or known, strict=True)
         for f in sl.describe(registered).families
         if family in (None, f)
     ]
-    if not pairs:
-        raise ValueError(f"needed layers of the family {family!r}, got {chosen}; valid ones: {', '.join(known)}.")
     task = progress.add_task("", total=len(pairs)) if progress else None
     certificates = []
     with contextlib.closing(_certificates(pairs, partial(_certificate, quick=quick, backend=backend), jobs)) as found:
