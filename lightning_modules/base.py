@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 
-from lightning_modules.build import build_likelihood, build_objective, default_adam
+from lightning_modules.build import build_likelihood, build_objective, build_optimizer, optimizer_function
 from lightning_modules.due import log_interval, step_is_due
 from lightning_modules.evaluation import Evaluation, evaluation_loader, unpadded
 from lightning_modules.hyperparameters import example_shape, plain_options
@@ -85,9 +85,7 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
         self.objective = build_objective(objective)
         self.lr = check_positive("lr", lr, or_zero=True)
         self.baseline_lr = None if baseline_lr is None else check_positive("baseline_lr", baseline_lr, or_zero=True)
-        if not (optimizer is None or callable(optimizer)):
-            raise ValueError(f"needed a function of parameter groups as optimizer, got {optimizer!r}; give a partial.")
-        self.make_optimizer = optimizer
+        self.make_optimizer = optimizer_function(optimizer)
         self.iwae_samples = dict(iwae_samples or {})
         if unknown := set(self.iwae_samples) - {"val", "test"}:
             raise ValueError(f"needed the stages 'val' and 'test' in iwae_samples, got {sorted(unknown)}.")
@@ -290,6 +288,12 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             )
 
     def on_fit_start(self) -> None:
+        for layer, network in zip(self.stochastic_layers, self.inference_networks, strict=True):
+            if not layer.training and any(p.requires_grad for p in network.parameters()):
+                raise ValueError(
+                    f"needed layer {layer.name!r} in training mode, got eval(), where its draws carry no gradient to "
+                    "the network before it; call model.train()."
+                )
         rank_zero_info(f"{type(self).__name__}: {self.title}, objective {self.objective}, KL {self.kl_method}.")
 
     def setup(self, stage: str) -> None:
@@ -359,8 +363,8 @@ class LatentVariableModel(WeightsOnly, Generic[_Terms]):
             {"params": [p for p in self.parameters() if id(p) not in known], "lr": self.lr},
             {"params": own, "lr": self.lr if self.baseline_lr is None else self.baseline_lr},
         ]
-        make = self.make_optimizer or default_adam(self._trainer)
-        return make([group for group in groups if group["params"]])
+        used = [group for group in groups if group["params"]]
+        return build_optimizer(self.make_optimizer, used, self.lr, self._trainer)
 
     def configure_callbacks(self) -> list[Callback]:
         # imported late: the callback is written for this class

@@ -34,8 +34,10 @@ __all__ = [
     "build_layer",
     "build_likelihood",
     "build_objective",
+    "build_optimizer",
     "build_prior",
     "default_adam",
+    "optimizer_function",
 ]
 
 LIKELIHOODS = {c.name: c for c in (BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogistic, GaussianLikelihood)}
@@ -47,6 +49,7 @@ DEFAULT_NUM_CATEGORIES = 8
 
 _T = TypeVar("_T")
 Spec = str | Mapping[str, Any]
+MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 
 
 def _named(what: str, spec: Spec, classes: Mapping[str, type[_T]], *args: Any) -> _T:
@@ -143,7 +146,37 @@ def build_objective(objective: Spec | Objective) -> Objective:
     return objective if isinstance(objective, Objective) else _named("an objective", objective, OBJECTIVES)
 
 
-def default_adam(trainer: Trainer | None) -> Callable[[Iterable[Any]], Optimizer]:
+def optimizer_function(optimizer: MakeOptimizer | None) -> MakeOptimizer | None:
+    """A function of parameter groups, or None for the default.
+
+    Raises:
+        ValueError: It is something else, such as an optimizer.
+    """
+    if not (optimizer is None or callable(optimizer)):
+        raise ValueError(f"needed a function of parameter groups as optimizer, got {optimizer!r}; give a partial.")
+    return optimizer
+
+
+def build_optimizer(
+    make: MakeOptimizer | None, groups: Sequence[dict[str, Any]], lr: float, trainer: Trainer | None
+) -> Optimizer:
+    """The optimizer of parameter groups that have their learning rates, which go before one of its own.
+
+    Raises:
+        ValueError: It states one of its own, and another one.
+    """
+    optimizer = (make or default_adam(trainer))(groups)
+    stated = getattr(optimizer, "defaults", {}).get("lr", lr)
+    usual = inspect.signature(type(optimizer)).parameters.get("lr")
+    if stated not in (lr, None if usual is None else usual.default):
+        raise ValueError(
+            f"needed one learning rate, got lr = {lr:g} of the model and {stated:g} of {type(optimizer).__name__}, "
+            f"which would not be used; set that of the model, lr={stated:g} (--model.lr={stated:g})."
+        )
+    return optimizer
+
+
+def default_adam(trainer: Trainer | None) -> MakeOptimizer:
     """Adam, the default optimizer; in its fused form, unless the Trainer is to clip in mixed precision.
 
     There Lightning refuses to clip for a fused optimizer, which may have the scaled gradients to itself.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from inspect import getdoc
 from typing import Any
 
@@ -12,9 +13,10 @@ from rich.table import Table
 
 import stochastic_layers as sl
 from lightning_modules.compatibility import compatibility_markdown
+from lightning_modules.untrusted import imports_are_restricted
 from stochastic_layers.registry import NEEDS, layer_class
 
-__all__ = ["capability_markdown", "capability_table", "describe_command", "list_command"]
+__all__ = ["capability_markdown", "capability_table", "describe_command", "list_command", "registered_name"]
 
 COLUMNS = ("layer", "families", "unbiased", "needs of the cost", "evaluations", "exact draws")
 SYMBOLS = {"num_samples": "S", "num_categories": "C", "latent_dim": "D"}
@@ -67,6 +69,30 @@ def capability_markdown(names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def registered_name(word: str) -> str:
+    """A name as it is; for a class path, the name that the class has once its module is imported.
+
+    Raises:
+        ValueError: The path leads to no registered layer, or class paths are restricted.
+    """
+    module, _, attribute = word.rpartition(".")
+    if not module or word in sl.list_layers():
+        return word
+    if imports_are_restricted():
+        raise ValueError(f"needed the name of a registered layer, as class paths are restricted, got {word!r}.")
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"needed the name of a registered layer or the path of its class, got {word!r} ({error}); the folder of "
+            "its module has to be on PYTHONPATH."
+        ) from error
+    names = [name for name in sl.list_layers() if layer_class(name) is cls]
+    if not names:
+        raise ValueError(f"needed a registered layer, got {word!r}; put @register(NAME) above the class.")
+    return names[0]
+
+
 def list_command(args: Sequence[str]) -> None:
     """Run ``stochastic-layers list``.
 
@@ -106,13 +132,13 @@ def describe_command(args: Sequence[str]) -> None:
     """Run ``stochastic-layers describe``.
 
     Raises:
-        ValueError: No layer has this name.
+        ValueError: No layer has this name or path.
     """
     parser = argparse.ArgumentParser(
         prog="stochastic-layers describe", description="One layer: what it needs, formula, options, references."
     )
-    parser.add_argument("name", metavar="NAME", help="a name out of `stochastic-layers list`")
-    name = parser.parse_args(list(args)).name
+    parser.add_argument("name", metavar="NAME", help="a name out of `stochastic-layers list`, or a class path")
+    name = registered_name(parser.parse_args(list(args)).name)
     d = sl.describe(name)
     table = Table(title=d.name, show_header=False)
     for key in ("summary", "families", "unbiased", "needs", "evaluations", "exact_draws", "reference"):

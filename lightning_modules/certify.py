@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import stochastic_layers as sl
+from lightning_modules.catalogue import registered_name
 from lightning_modules.terminal import InParts, interruptible
 from stochastic_layers.testing import CHECKS, Certificate, check_layer
 
@@ -37,7 +38,7 @@ def certify(
     """The certificates of registered layers, with every family that they accept.
 
     Args:
-        names: The layers; by default all.
+        names: The layers, by their names or class paths; by default all.
         family: Only this family.
         quick: Leave out compilation and the means of the gradients.
         backend: Backend for the check of ``torch.compile``.
@@ -45,15 +46,20 @@ def certify(
         progress: A progress bar to advance.
 
     Raises:
-        ValueError: Unknown name or family, or no layer of these accepts it, or ``jobs < 1``.
+        ValueError: Unknown name or family, or a layer that does not accept it, or ``jobs < 1``.
     """
     if jobs < 1:
         raise ValueError(f"needed jobs >= 1, got {jobs}.")
+    classes = [registered_name(name) for name in names]  # before the family, which may be of the same module
     known = sl.list_layers(family=family)
-    chosen = list(names) or known
-    pairs = [(name, f) for name in chosen for f in sl.describe(name).families if family in (None, f)]
-    if not pairs:
-        raise ValueError(f"needed layers of the family {family!r}, got {chosen}; valid ones: {', '.join(known)}.")
+    if others := [name for name in classes if family not in (None, *sl.describe(name).families)]:
+        raise ValueError(f"needed layers of the family {family!r}, got {others}; valid ones: {', '.join(known)}.")
+    pairs = [
+        (name, f)
+        for name, registered in zip(list(names) or known, classes or known, strict=True)
+        for f in sl.describe(registered).families
+        if family in (None, f)
+    ]
     task = progress.add_task("", total=len(pairs)) if progress else None
     certificates = []
     with contextlib.closing(_certificates(pairs, partial(_certificate, quick=quick, backend=backend), jobs)) as found:
@@ -66,7 +72,7 @@ def certify(
 
 def _certificate(pair: tuple[str, str], *, quick: bool, backend: str) -> Certificate:
     name, family = pair
-    return check_layer(name, family=family, quick=quick, backend=backend)
+    return check_layer(registered_name(name), family=family, quick=quick, backend=backend)
 
 
 def _certificates(
@@ -152,7 +158,7 @@ def certificate_markdown(certificates: Sequence[Certificate]) -> str:
 def main(args: Sequence[str]) -> int:
     """Run ``stochastic-layers certify`` and return its exit status: 1 where a check failed, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="stochastic-layers certify", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="layers; by default all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="layers, by name or class path; by default all")
     parser.add_argument("--family", help="only this distribution family")
     parser.add_argument("--quick", action="store_true", help="leave out compilation and the means of the gradients")
     parser.add_argument("--compile", default="aot_eager", metavar="BACKEND", help="of torch.compile (aot_eager)")

@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_modules.build import default_adam
+from lightning_modules.build import build_optimizer, optimizer_function
 from lightning_modules.due import log_interval, step_is_due
 from lightning_modules.evaluation import evaluation_loader, unpadded
 from lightning_modules.metrics import ExampleMean
 from lightning_modules.noise import own_noise
 from lightning_modules.ranks import check_equal_batches, check_strategy, mean_over_ranks
 from lightning_modules.untrusted import WeightsOnly
-from stochastic_layers import Sample, capture, surrogate
+from stochastic_layers import Sample, StochasticLayer, capture, surrogate
 from stochastic_layers.options import check_positive
 
 __all__ = ["StochasticClassifier"]
@@ -57,7 +57,8 @@ class StochasticClassifier(WeightsOnly):
         dataset_size: Number N of training examples, by which the KL is divided; needed with Bayesian layers only.
         eval_draws: Number of passes that are averaged in evaluation.
         lr: Learning rate.
-        optimizer: Function of parameters that returns an optimizer; by default fused Adam.
+        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam. Its learning rate is
+            ``lr``.
 
     Raises:
         ValueError: A number is out of range, or ``dataset_size`` is missing beside Bayesian layers.
@@ -102,7 +103,7 @@ class StochasticClassifier(WeightsOnly):
         self.dataset_size = dataset_size
         self.eval_draws = eval_draws
         self.lr = check_positive("lr", lr, or_zero=True)
-        self.make_optimizer = optimizer
+        self.make_optimizer = optimizer_function(optimizer)
         self.accuracies = nn.ModuleDict(
             {f"{s}_stage": MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
         )
@@ -236,13 +237,20 @@ class StochasticClassifier(WeightsOnly):
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
 
     def configure_optimizers(self) -> Optimizer:
-        make = self.make_optimizer or default_adam(self._trainer)
-        return make(self.network.parameters())
+        groups = [{"params": list(self.network.parameters()), "lr": self.lr}]
+        return build_optimizer(self.make_optimizer, groups, self.lr, self._trainer)
 
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)
         # Lightning would convert after it has loaded a checkpoint, and so round one in double precision
         self.trainer.precision_plugin.convert_module(self)
+
+    def on_fit_start(self) -> None:
+        if not self.network.training and any(isinstance(m, StochasticLayer) for m in self.network.modules()):
+            raise ValueError(
+                "needed a network in training mode, got eval(), in which the draws of its layers carry no gradient; "
+                "call model.train()."
+            )
 
     def on_train_start(self) -> None:
         check_equal_batches(self.trainer.num_training_batches, self.device)

@@ -28,7 +28,7 @@ from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.configuration import names_data
 from lightning_modules.resuming import check_agreement, check_weights, newest_best, options_of_data, options_of_model
 from lightning_modules.sweeps import TrialRecord
-from lightning_modules.terminal import sentence
+from lightning_modules.terminal import sentence, wandb_errors
 from lightning_modules.untrusted import read_checkpoint, restrict_imports
 from lightning_modules.usage import Parser
 from lightning_modules.vae import VAE
@@ -78,6 +78,7 @@ OWN = {
 }
 
 
+REFUSALS = (ValueError, MisconfigurationException, OSError, ModuleNotFoundError)  # what ends in a sentence
 TRACEBACK_VARIABLE = "STOCHASTIC_LAYERS_TRACEBACK"
 EVALUATIONS = ("validate", "test", "predict")
 LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc", "registry")  # what the Trainer finds by a word
@@ -225,6 +226,13 @@ class CLI(LightningCLI):
                 way = f"to go on: the same command with --ckpt_path={last}" if last else "there is no checkpoint yet"
                 print(f"stochastic-layers: interrupted; {way}.", file=sys.stderr)
             sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+        except RuntimeError as error:
+            if "Early stopping conditioned on metric" not in str(error):
+                raise
+            raise ValueError(
+                "needed a val/elbo for --patience to wait for, got none; hold out validation data (--data.val_size), "
+                "or leave --patience out."
+            ) from error
 
     def after_fit(self) -> None:
         """Test the best weights, once, on the data that neither training nor the choice of weights has seen."""
@@ -240,6 +248,8 @@ class CLI(LightningCLI):
                 console.print(f"picture: {file}")
             if path:
                 console.print(f"best weights: {Path(path)}")
+            elif last := getattr(best, "last_model_path", ""):
+                console.print(f"weights at the end, as no validation chose any: {Path(last)}")
 
 
 def _suggestion(config: Namespace) -> str:
@@ -317,12 +327,14 @@ def main(args: list[str] | None = None) -> None:
                 args=args,
             )
     except KeyboardInterrupt:
+        print("stochastic-layers: interrupted.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough: `stochastic-layers list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it closes it
         sys.exit(1)
-    except (ValueError, MisconfigurationException, OSError, ModuleNotFoundError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("0", ""):
+    except Exception as error:
+        told = isinstance(error, (*REFUSALS, *wandb_errors()))
+        if not told or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("0", ""):
             raise
         sys.exit(f"stochastic-layers: {sentence(error)}")
 

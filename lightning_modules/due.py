@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
-__all__ = ["log_interval", "step_is_due"]
+__all__ = ["ends_a_step", "log_interval", "step_is_due"]
 
 
 def log_interval(trainer: Trainer) -> int:
@@ -21,3 +21,8 @@ def step_is_due(trainer: Trainer, every: int) -> bool:
     even at each batch, and nothing would be due where ``every`` is even.
     """
     return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+
+
+def ends_a_step(trainer: Trainer) -> bool:
+    """Whether the batch that is ending makes an optimizer step: with accumulated gradients the last of several does."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()

@@ -16,7 +16,7 @@ from lightning_modules.base import LatentVariableModel
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
-from lightning_modules.networks import MLPDecoder, MLPEncoder
+from lightning_modules.networks import MLPDecoder, MLPEncoder, one_tensor
 from lightning_modules.objectives import ELBO, Objective
 from lightning_modules.priors import Prior, kl_is_known, kl_per_latent
 from stochastic_layers import Sample, StochasticLayer
@@ -99,7 +99,8 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         data_shape: Shape of one example.
         lr: Learning rate.
         baseline_lr: Learning rate of the layers' own parameters; ``lr`` if None.
-        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam.
+        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam. The groups have the
+            learning rates above; one that the function states as well must be ``lr``.
         iwae_samples: Stage (``"val"`` or ``"test"``) -> number of draws of the importance-weighted bound logged there.
 
     Raises:
@@ -196,8 +197,7 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
         return [self.encoder, *self.upwards]
 
     def encode(self, x: Tensor) -> Tensor:
-        params: Tensor = self.encoder(x)
-        return params
+        return one_tensor(self.encoder(x), "an encoder")
 
     def decode(self, z: Tensor) -> Tensor:
         return self._on_rows(self.decoder, z)
@@ -275,5 +275,6 @@ class HierarchicalVAE(LatentVariableModel[HierarchicalTerms]):
 
     def _on_rows(self, network: nn.Module, z: Tensor) -> Tensor:
         """A network of rows ``[N, F]`` on ``[..., F]``."""
-        output: Tensor = network(z.reshape(-1, z.shape[-1]).to(self.dtype))  # laws draw in float32 at least
+        rows = z.reshape(-1, z.shape[-1]).to(self.dtype)  # laws draw in float32 at least
+        output = one_tensor(network(rows), "a decoder")
         return output.reshape(*z.shape[:-1], *output.shape[1:])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"]
+__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "one_tensor"]
 
 
 def _mlp(sizes: Sequence[int]) -> list[nn.Module]:
@@ -103,6 +104,20 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         result: Tensor = self.stages(self.head(z).unflatten(1, self.start))
         return result
+
+
+def one_tensor(output: Any, what: str) -> Tensor:
+    """The output of an encoder or a decoder, which is one tensor.
+
+    Raises:
+        ValueError: It is something else, such as a pair of loc and log-variance.
+    """
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"needed {what} whose output is one tensor, got a {type(output).__name__}; join its parts along dimension "
+            "1, torch.cat((loc, log_variance), 1) for a Gaussian."
+        )
+    return output
 
 
 def _image_shape(data_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from errno import ENOSPC
@@ -12,7 +13,7 @@ from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-__all__ = ["InParts", "interruptible", "sentence"]
+__all__ = ["InParts", "interruptible", "sentence", "wandb_errors"]
 
 
 @contextmanager
@@ -29,8 +30,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def wandb_errors() -> tuple[type[Exception], ...]:
+    """What W&B raises where it has no key or no server; nothing before it is imported."""
+    error = getattr(sys.modules.get("wandb"), "Error", None)
+    return (error,) if isinstance(error, type) else ()
+
+
 def sentence(error: Exception) -> str:
     """What went wrong, and what to do about it, where Python's own words say too little."""
+    if isinstance(error, wandb_errors()):
+        return (
+            f"needed a run of W&B, got {str(error).rstrip('.')!r}; call `wandb login`, or keep the run on this "
+            "machine: --trainer.logger.offline=true."
+        )
     if isinstance(error, ModuleNotFoundError):
         return f"needed a package that is not installed ({error}); install it: pip install {error.name or 'NAME'}."
     if isinstance(error, OSError) and error.filename is not None:

@@ -17,7 +17,7 @@ import stochastic_layers as sl
 from lightning_modules.checkpoints import refuse_damaged
 from stochastic_layers.registry import layer_class
 
-__all__ = ["WeightsOnly", "read_checkpoint", "restrict_imports"]
+__all__ = ["WeightsOnly", "imports_are_restricted", "read_checkpoint", "restrict_imports"]
 
 RESTRICT_VARIABLE = "STOCHASTIC_LAYERS_RESTRICT"
 TRUSTED = ("lightning.pytorch", "lightning_modules", "stochastic_layers", "torch.optim")
@@ -25,6 +25,18 @@ TRUSTED = ("lightning.pytorch", "lightning_modules", "stochastic_layers", "torch
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 _Model = TypeVar("_Model", bound="WeightsOnly")
+
+
+def imports_are_restricted() -> bool:
+    """Whether the environment asks for it.
+
+    Raises:
+        ValueError: The variable STOCHASTIC_LAYERS_RESTRICT is neither 0 nor 1.
+    """
+    wanted = os.environ.get(RESTRICT_VARIABLE, "0")
+    if wanted not in ("0", "1", ""):
+        raise ValueError(f"needed {RESTRICT_VARIABLE}=0 or 1, got {wanted!r}.")
+    return wanted == "1"
 
 
 def restrict_imports() -> None:
@@ -37,10 +49,7 @@ def restrict_imports() -> None:
     Raises:
         ValueError: The variable is neither 0 nor 1, or the installed jsonargparse has no such policy.
     """
-    wanted = os.environ.get(RESTRICT_VARIABLE, "0")
-    if wanted not in ("0", "1", ""):
-        raise ValueError(f"needed {RESTRICT_VARIABLE}=0 or 1, got {wanted!r}.")
-    if wanted != "1":
+    if not imports_are_restricted():
         return
     if "import_path_allowlist" not in inspect.signature(set_parsing_settings).parameters:
         raise ValueError(

@@ -15,6 +15,7 @@ from lightning_modules.base import LatentVariableModel
 from lightning_modules.build import build_decoder, build_encoder, build_layer, build_prior
 from lightning_modules.evaluation import evaluations
 from lightning_modules.likelihoods import Likelihood
+from lightning_modules.networks import one_tensor
 from lightning_modules.objectives import ELBO, Objective, Terms
 from lightning_modules.priors import Prior, kl_is_known, kl_per_latent
 from stochastic_layers import StochasticLayer
@@ -55,7 +56,8 @@ class VAE(LatentVariableModel[Terms]):
         data_shape: Shape of one example.
         lr: Learning rate.
         baseline_lr: Learning rate of the layer's own parameters (learned baselines, control variates); ``lr`` if None.
-        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam.
+        optimizer: Function of parameter groups that returns an optimizer; by default fused Adam. The groups have the
+            learning rates above; one that the function states as well must be ``lr``.
         iwae_samples: Stage (``"val"`` or ``"test"``) -> number of draws of the importance-weighted bound logged there.
 
     Raises:
@@ -125,26 +127,28 @@ class VAE(LatentVariableModel[Terms]):
     def _dry_run(self) -> str:
         """Send two examples through, so that parts that do not fit are found at construction."""
         modes = {m: m.training for m in self.modules()}
-        with preserved(self), torch.no_grad():
-            self.eval()
-            params = self._check_encoder()
-            if params.shape[-1] != self.layer.in_features or params.shape[0] != 2:
-                raise ValueError(
-                    f"needed an encoder with outputs [N, {self.layer.in_features}] (or [N, {self.layer.in_features}, "
-                    f"*positions]) for layer {self.layer.name!r}, got {list(params.movedim(-1, 1).shape)}; its last "
-                    "layer has layer.in_features outputs."
-                )
-            self.latent_shape = tuple(params.shape[1:-1])
-            q = self.layer.distribution(params)
-            self._check_decoder(self.layer.mode(params))
-            known = kl_is_known(q, self.prior(params.device))
-        for module, training in modes.items():
-            module.training = training
+        try:
+            with preserved(self), torch.no_grad():
+                self.eval()
+                params = self._check_encoder()
+                if params.shape[-1] != self.layer.in_features or params.shape[0] != 2:
+                    raise ValueError(
+                        f"needed an encoder with outputs [N, {self.layer.in_features}] (or [N, "
+                        f"{self.layer.in_features}, *positions]) for layer {self.layer.name!r}, got "
+                        f"{list(params.movedim(-1, 1).shape)}; its last layer has layer.in_features outputs."
+                    )
+                self.latent_shape = tuple(params.shape[1:-1])
+                q = self.layer.distribution(params)
+                self._check_decoder(self.layer.mode(params))
+                known = kl_is_known(q, self.prior(params.device))
+        finally:  # parts of a model that was refused stay in the caller's hands, and in training mode
+            for module, training in modes.items():
+                module.training = training
         return "analytic" if known else "monte_carlo"
 
     def encode(self, x: Tensor) -> Tensor:
         """Data ``[B, *data_shape]`` -> params ``[B, *positions, layer.in_features]``."""
-        params: Tensor = self.encoder(x)
+        params = one_tensor(self.encoder(x), "an encoder")
         return params.movedim(1, -1) if params.dim() > 2 else params
 
     def decode(self, z: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ class VAE(LatentVariableModel[Terms]):
         positions = len(self.latent_shape)
         lead = z.shape[: z.dim() - 1 - positions]
         flat = z.reshape(-1, *z.shape[z.dim() - 1 - positions :]).to(self.dtype)  # laws draw in float32 at least
-        output: Tensor = self.decoder(flat.movedim(-1, 1) if positions else flat)
+        output = one_tensor(self.decoder(flat.movedim(-1, 1) if positions else flat), "a decoder")
         return output.reshape(*lead, *output.shape[1:])
 
     def terms(self, x: Tensor, params: Tensor | None = None) -> Terms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -293,6 +294,11 @@ def create_family(family: str | Mapping[str, Any], latent_dim: int, num_categori
     name = options.pop("name", None)
     if name not in _FAMILIES:
         raise ValueError(f"needed the name of a family, got {name!r}; {nearest(str(name), _FAMILIES)}")
+    known = [*signature(_FAMILIES[name]).parameters][2:]  # after the sizes
+    for option in options:
+        if option not in known:
+            meant = nearest(str(option), known) if known else "it has none."
+            raise ValueError(f"needed options of family {name!r}, got {option!r}; {meant}")
     try:
         return _FAMILIES[name](latent_dim, num_categories, **options)
     except TypeError as error:

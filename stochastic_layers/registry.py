@@ -58,9 +58,10 @@ class Description:
 def nearest(name: str, names: Iterable[str]) -> str:
     """A sentence that names the valid choices closest to ``name``, or all of them where none is close."""
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    lower = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
     if close:
-        return _question(close)
+        return _question(lower[n] for n in close)
     return "valid names: " + ", ".join(repr(n) for n in names) + "."
 
 
@@ -74,7 +75,7 @@ def _meant(name: str) -> str:
     known_as = sorted(other for other, cls in _LAYERS.items() if word.search(_summary(cls)))
     if 0 < len(known_as) <= 3 and not difflib.get_close_matches(name.lower(), _LAYERS, cutoff=0.8):
         return _question(known_as)
-    return nearest(name.lower(), _LAYERS)
+    return nearest(name, _LAYERS)
 
 
 def register(name: str) -> Callable[[_Layer], _Layer]:

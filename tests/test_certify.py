@@ -74,7 +74,8 @@ def test_certify_that_is_ended_from_outside_ends_what_it_has_started(capsys, mon
 
 def test_certify_knows_layers_and_families(capsys):
     assert "did you mean 'reinforce'" in run("reinforc")
-    assert "needed layers of the family 'bernoulli'" in run("gaussian", "--family", "bernoulli")
+    for names in (["gaussian"], ["arm", "gaussian"]):  # none is left out without a word
+        assert "needed layers of the family 'bernoulli', got ['gaussian']" in run(*names, "--family", "bernoulli")
 
 
 @pytest.mark.ddp

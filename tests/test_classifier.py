@@ -256,3 +256,9 @@ def test_the_training_accuracy_weighs_points_as_the_layer_does(name, tmp_path):
     chance = torch.sigmoid(torch.tensor(1.5)).item()
     error = 0.0 if name == "enumeration" else (chance * (1 - chance) / 2000) ** 0.5
     assert abs(float(run.callback_metrics["train/accuracy"]) - chance) < 5 * error + 1e-6
+
+
+def test_a_network_in_evaluation_mode_is_not_trained_without_the_gradient_of_its_draws(tmp_path):
+    model = StochasticClassifier(network(**LOO), num_classes=10).eval()
+    with pytest.raises(ValueError, match=r"needed a network in training mode, got eval\(\)"):
+        trainer(tmp_path).fit(model, Digits())

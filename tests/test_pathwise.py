@@ -130,7 +130,7 @@ def test_rank_is_an_option_of_the_family():
     assert int((smallest > 1e-4).sum()) == 2
     with pytest.raises(ValueError, match="rank >= 1"):
         create_family({"name": "gaussian_low_rank", "rank": 0}, 4)
-    with pytest.raises(ValueError, match="options of family 'laplace'"):
+    with pytest.raises(ValueError, match="needed options of family 'laplace', got 'rank'; it has none"):
         create_family({"name": "laplace", "rank": 2}, 4)
     with pytest.raises(ValueError, match="supports the families"):
         sl.create("pathwise", latent_dim=4, family={"name": "gausian"})

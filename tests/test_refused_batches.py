@@ -65,3 +65,14 @@ def test_batches_that_are_mappings_or_integers_are_refused(example, message, fir
     batches = DataLoader([example] * 4, batch_size=2)
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **first).fit(VAE("gaussian"), batches, batches)
+
+
+def test_a_layer_in_evaluation_mode_is_not_trained_without_its_gradient(tmp_path):
+    bits = DataLoader(torch.rand(4, 1, 8, 8).round(), 4)
+    model = VAE("reinforce", {"latent_dim": 2, "num_samples": 2})
+    model.layer.eval()
+    with pytest.raises(ValueError, match=r"needed layer 'reinforce' in training mode, got eval\(\)"):
+        trainer(tmp_path, max_steps=1).fit(model, bits, bits)
+    model.encoder.requires_grad_(False)  # only what is behind the draws is trained
+    with pytest.warns(UserWarning, match=r"Found 2 module\(s\) in eval mode"):
+        trainer(tmp_path, max_steps=1).fit(model, bits, bits)

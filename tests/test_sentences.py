@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from quiet_trainer import quiet_trainer
@@ -99,12 +100,34 @@ def test_a_missing_package_is_named_and_its_traceback_is_to_be_had(refusal, monk
         main([*FIT, "--trainer.logger=WandbLogger"])
 
 
-def test_an_interrupted_command_says_nothing_more(refusal, monkeypatch):
+def test_an_interrupted_command_says_so_in_a_line(refusal, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lightning_modules.catalogue.list_command", interrupt)
     assert refusal("list") == "130"
+    assert capsys.readouterr().err == "stochastic-layers: interrupted.\n"
+
+
+def test_a_missing_key_of_wandb_ends_in_a_sentence(refusal, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
+    monkeypatch.setenv("NETRC", "no_such_file")
+    wandb.teardown()  # what an earlier test has told it
+    message = refusal(*FIT, "--trainer.logger=WandbLogger")
+    wandb.teardown()
+    assert message.startswith("stochastic-layers: needed a run of W&B, got ")
+    assert message.endswith("; call `wandb login`, or keep the run on this machine: --trainer.logger.offline=true.")
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list`", "ignore:.*could not find the monitored key")
+def test_a_run_without_validation_says_where_its_weights_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main([*FIT, "--data.val_size=0"])
+    assert "as no validation chose any: runs/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="needed a val/elbo for --patience to wait for, got none"):
+        main([*FIT, "--data.val_size=0", "--patience=2"])
 
 
 @pytest.mark.parametrize("value", [None, "fast", "1e-3", float("nan"), float("inf"), -1.0])
@@ -150,7 +173,9 @@ def test_an_interrupted_training_says_how_to_go_on(refusal, monkeypatch, capsys,
             ["fit", "--model.layr=reinforce"],
             "nrecognized arguments: --model.layr=reinforce\ndid you mean '--model.layer'",
         ),
-        (["fit", "--data=MNITS"], "did you mean 'MNIST'?"),
+        (["fit", "--data=MNITS"], "did you mean 'MNIST'"),
+        (["fit", "--data=mnist"], "did you mean 'MNIST' or 'FashionMNIST' or 'BinarizedMNIST'?"),
+        (["fit", "--data=zzz"], "valid names: 'BinarizedMNIST', 'Digits', 'FashionMNIST', 'MNIST', 'TensorData'."),
         (["fit", "--data.binarisation=dynamic"], "did you mean 'binarization'?"),
         (["fit", "--trainer.logger=WandbLoger"], "did you mean 'WandbLogger'"),
         (["compare", "--model.layr=reinforce"], "did you mean '--model.layer'"),
@@ -161,6 +186,14 @@ def test_a_misspelt_option_is_answered_in_a_few_lines_with_what_was_meant(refusa
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) < 20 and lines[0].startswith(f"usage: stochastic-layers {words[0]} [OPTIONS]")
     assert meant in "\n".join(lines) and f"stochastic-layers {words[0]} --help" in lines[0]
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_misspelt_option_in_a_file_is_answered_with_what_was_meant(refusal, capsys, command):
+    for content, meant in (("model: {layr: disarm}", "model.layer"), ("trainer: {max_step: 3}", "trainer.max_steps")):
+        Path("mine.yaml").write_text(content)
+        assert refusal(command, "--config=mine.yaml") == "2"
+        assert f"did you mean '{meant}'" in capsys.readouterr().err
 
 
 def test_a_misspelt_option_of_a_comparison_is_not_left_to_the_parser_of_the_others(refusal):

@@ -286,7 +286,8 @@ def test_outcomes_are_numbered_without_a_list_of_them():
         ({"name": "subset", "size": 0}, "size >= 1, got 0"),
         ({"name": "subset", "size": 4}, r"size < num_categories, which is 4, got 4"),
         ({"name": "subset", "size": 2.0}, "size >= 1, got 2.0"),
-        ({"name": "subset", "count": 2}, "options of family 'subset'"),
+        ({"name": "subset", "count": 2}, "needed options of family 'subset', got 'count'; valid names: 'size'"),
+        ({"name": "subset", "sizes": 2}, "did you mean 'size'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(family, message):

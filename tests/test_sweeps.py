@@ -16,6 +16,7 @@ from processes import heed_interrupts
 from lightning_modules.cli import main
 from lightning_modules.sweeps import Plan, Runner, SweepState, Trial, rank
 from lightning_modules.sweeps.plan import find_file, shipped_files
+from lightning_modules.sweeps.ranking import number
 from lightning_modules.sweeps.runner import share, trial_environment
 from lightning_modules.sweeps.state import new_id
 
@@ -321,3 +322,10 @@ def test_a_shipped_file_is_printed_to_be_copied_or_handed_to_wandb(capsys, monke
     monkeypatch.chdir(tmp_path)
     assert call("layers", "--print") == 0
     assert yaml.safe_load(capsys.readouterr().out) == Plan.load(find_file("layers.yaml")).config
+
+
+def test_bounds_that_differ_by_hundredths_are_told_apart():
+    assert [number(value) for value in (-123.584, -123.614, -84.0, 0.012345, 2.5e7)] == [
+        *("-123.58", "-123.61", "-84.00", "0.01235", "2.5e+07")
+    ]
+    assert number(float("nan")) == "-"

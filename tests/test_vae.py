@@ -208,25 +208,6 @@ def test_options_out_of_range_are_found_at_construction(options, message):
         VAE("gaussian", {"latent_dim": 4}, **options)
 
 
-def test_the_optimizer_is_one_and_gives_the_layers_parameters_their_own_rate():
-    model = VAE("reinforce", {"baseline": "learned"}, lr=1e-3, baseline_lr=1e-2)
-    optimizer = model.configure_optimizers()
-    assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 1e-2]
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-    custom = VAE("gaussian", optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1)).configure_optimizers()
-    assert isinstance(custom, torch.optim.SGD)
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}, {"gradient_clip_algorithm": "value"}], ids=str)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_default_optimizer_is_fused_where_gradients_can_be_clipped_all_the_same(
-    precision, options, tmp_path, loader
-):
-    run = trainer(tmp_path, max_steps=2, precision=precision, **options)
-    run.fit(VAE("reinforce", {"latent_dim": 4}), loader, loader)
-    assert run.optimizers[0].defaults["fused"] == (precision == "32-true" or "gradient_clip_val" not in options)
-
-
 @pytest.mark.parametrize("every", [2, 3])
 def test_two_optimizers_by_hand_are_logged_as_often_as_one(every, loader, tmp_path):
     class ByHand(VAE):
@@ -369,3 +350,22 @@ def test_noise_is_added_by_default_and_not_twice(loader, tmp_path):
     run = trainer(tmp_path, max_steps=1, callbacks=[own])
     run.fit(VAE("gaussian"), loader, loader)
     assert [c for c in run.callbacks if isinstance(c, ReproducibleNoise)] == [own]
+
+
+def test_a_refused_model_leaves_the_parts_it_was_given_in_training_mode():
+    layer, encoder = sl.create("reinforce", latent_dim=4), nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Dropout())
+    with pytest.raises(ValueError, match="needed a decoder with outputs"):
+        VAE(layer, encoder=encoder, decoder=nn.Linear(4, 63))
+    assert layer.training and all(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize("build", [VAE, lambda *args, **parts: HierarchicalVAE([*args], prior="standard", **parts)])
+def test_networks_that_return_a_pair_are_answered_with_how_to_join_it(build):
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)), x
+
+    layer = sl.create("gaussian", latent_dim=2)
+    for part, network in (("encoder", Pair(64, 4)), ("decoder", Pair(2, 64))):
+        with pytest.raises(ValueError, match=f"needed an? {part} whose output is one tensor, got a tuple; join"):
+            build(layer, **{part: network})

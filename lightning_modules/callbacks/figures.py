@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -58,24 +59,23 @@ def curves(history: History) -> Figure:
     """ELBO, gradient variance and SNR over optimizer steps."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     panels = [
-        ("ELBO (nats per example)", ("train/elbo", "val/elbo"), "linear"),
-        ("gradient variance", ("train/grad_variance",), "log"),
-        ("gradient signal-to-noise ratio", ("train/grad_snr",), "linear"),
+        ("ELBO (nats per example)", ("train/elbo", "val/elbo")),
+        ("gradient variance", ("train/grad_variance",)),
+        ("gradient signal-to-noise ratio", ("train/grad_snr",)),
     ]
-    for axes, (title, keys, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+    variances = [value for _, value in history.get("train/grad_variance", ()) if value > 0]
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
         measured = {key: history[key] for key in keys if key in history}
         axes.set(title=title, xlabel="optimizer step")
-        if scale == "log" and not any(value > 0 for series in measured.values() for _, value in series):
-            measured = {}
-        if "grad" in keys[0] and not measured and history:  # not an empty panel where a layer has no variance
+        if "grad" in keys[0] and not variances and history:  # not a ratio to rounding where a layer has no variance
             axes.text(0.5, 0.5, "no noise was measured", ha="center", va="center", transform=axes.transAxes)
             axes.set(xticks=[], yticks=[], xlabel="")
             continue
         for key, series in measured.items():
-            steps, values = zip(*series, strict=True)
-            axes.plot(steps, values, label=key, linewidth=1.2)
-        axes.set_yscale(scale)
-        if len(keys) > 1:
+            _line(axes, series, label=key)
+        if keys == ("train/grad_variance",) and max(variances) > 10 * min(variances):
+            axes.set_yscale("log")
+        if measured and len(keys) > 1:
             axes.legend(frameon=False)
     return figure
 
@@ -84,9 +84,8 @@ def schedules(history: History) -> Figure:
     """Every series over optimizer steps, one panel each: temperatures and the weight of the KL."""
     figure = Figure(figsize=(3.4 * len(history), 2.8), layout="constrained")
     for axes, (key, series) in zip(figure.subplots(1, len(history), squeeze=False)[0], history.items(), strict=True):
-        steps, values = zip(*series, strict=True)
-        axes.plot(steps, values, color=DARK, linewidth=1.2)
-        axes.set(title=key, xlabel="optimizer step", ylim=(0, 1.05 * max(values)))
+        _line(axes, series, color=DARK)
+        axes.set(title=key, xlabel="optimizer step", ylim=(0, 1.05 * max(value for _, value in series)))
     return figure
 
 
@@ -116,8 +115,7 @@ def latent_units(variances: Tensor, threshold: float, kl: Tensor | None, active:
     panels[1].minorticks_off()  # half of the time that the figure takes
     panels[1].axhline(threshold, color=BRIGHT, linewidth=1, linestyle="--")
     if active:
-        steps, values = zip(*active, strict=True)
-        panels[2].plot(steps, values, color=DARK, linewidth=1.2)
+        _line(panels[2], active, color=DARK)
     panels[2].set(title=f"active units, of {len(variances)}", xlabel="optimizer step")
     panels[2].set_ylim(-0.03 * len(variances), 1.05 * len(variances))  # a line at 0 is not on the frame
     panels[2].yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -157,6 +155,12 @@ def code_usage(frequencies: Tensor, perplexity: float, usage: float) -> Figure:
     return figure
 
 
+def _line(axes: Axes, series: Sequence[tuple[int, float]], **style: Any) -> None:
+    """A line over optimizer steps; a single point, of which there is no line, is a dot."""
+    steps, values = zip(*series, strict=True)
+    axes.plot(steps, values, linewidth=1.2, marker="o" if len(steps) == 1 else "", **style)
+
+
 def _bars(axes: Axes, values: Tensor, color: str) -> None:
     numbers, heights = list(range(1, len(values) + 1)), values.tolist()
     if len(values) <= MAX_BARS:
@@ -164,4 +168,4 @@ def _bars(axes: Axes, values: Tensor, color: str) -> None:
     else:
         axes.fill_between(numbers, heights, step="mid", color=color)
     axes.set_xlim(0.4, len(values) + 0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_modules.base import LatentVariableModel, data_of
 from lightning_modules.callbacks.figures import bit_usage, code_usage, curves, image_grid, latent_units, schedules
 from lightning_modules.callbacks.traversals import interpolations, traversal
-from lightning_modules.due import log_interval
+from lightning_modules.due import ends_a_step, log_interval, step_is_due
 from lightning_modules.objectives import ELBO
 from lightning_modules.whole_files import make_folder, whole_file
 
@@ -85,7 +85,8 @@ class Pictures(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % log_interval(trainer) == 0 and isinstance(pl_module, LatentVariableModel):
+        due = ends_a_step(trainer) and step_is_due(trainer, log_interval(trainer))
+        if due and isinstance(pl_module, LatentVariableModel):
             keys = ("train/elbo", "train/grad_variance", "train/grad_snr")
             metrics = trainer.callback_metrics
             self._record(trainer, {key: float(metrics[key]) for key in keys if key in metrics})

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.base import LatentVariableModel
-from lightning_modules.due import log_interval
+from lightning_modules.due import ends_a_step, log_interval, step_is_due
 
 __all__ = ["Report"]
 
@@ -29,8 +29,8 @@ ROWS = (
 class Report(Callback):
     """Prints a table after testing, on rank zero: what was trained, how well, and at what cost.
 
-    Logs ``time/sec_per_step`` with each validation: wall-clock seconds of a training batch without its loading, the
-    mean since the validation before.
+    Logs ``time/sec_per_step`` with each validation: wall-clock seconds of an optimizer step, of all batches that it
+    accumulates, without their loading; the mean since the validation before.
     """
 
     def __init__(self) -> None:
@@ -47,8 +47,10 @@ class Report(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._seconds += time.perf_counter() - self._start
+        if not ends_a_step(trainer):
+            return
         self._steps += 1
-        if trainer.global_step % log_interval(trainer) == 0:
+        if step_is_due(trainer, log_interval(trainer)):
             for key in ("train/grad_variance", "train/grad_snr"):
                 if key in trainer.callback_metrics:
                     total, count = self._sums.get(key, (0.0, 0))

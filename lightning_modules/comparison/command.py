@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
+from lightning_modules.catalogue import registered_name
 from lightning_modules.comparison.plots import draw
 from lightning_modules.comparison.publish import publish
 from lightning_modules.comparison.report import make_reports, reports_package
@@ -42,6 +43,13 @@ def _layers(text: str) -> list[Any]:
     return [part for name in names for part in (name.split() if isinstance(name, str) else [name])]
 
 
+def _registered(layer: Any) -> Any:
+    """A layer with its registered name in the place of a class path."""
+    if isinstance(layer, dict) and isinstance(layer.get("name"), str):
+        return layer | {"name": registered_name(layer["name"])}
+    return registered_name(layer) if isinstance(layer, str) else layer
+
+
 def _seeds(text: str) -> list[int]:
     """``3`` is a number of seeds, ``0,1,2`` and ``5,`` are seeds."""
     try:
@@ -59,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         type=_layers,
         nargs="+",
-        help="names, or {name: NAME, OPTION: VALUE, label: TEXT}; by default all that fit the model",
+        help="names or class paths, or {name: NAME, OPTION: VALUE, label: TEXT}; by default all that fit the model",
     )
     p.add_argument("--steps", type=int, help=f"budget of optimizer steps ({DEFAULT_STEPS})")
     p.add_argument("--seconds", type=float, help="budget of training time instead, measurements not counted")
@@ -97,7 +105,7 @@ def main(rest: Sequence[str]) -> int:
         with interruptible():
             comparison = compare_parsed(
                 parsed,
-                options.layers and [layer for part in options.layers for layer in part],
+                options.layers and [_registered(layer) for part in options.layers for layer in part],
                 budget=Budget.of(options.steps, options.seconds),
                 seeds=options.seeds,
                 evaluations=options.evaluations,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lightning_modules.sweeps.plan import Plan, find_file, shipped_files
-from lightning_modules.sweeps.ranking import best, rank, ranking_table, short, write_ranking
+from lightning_modules.sweeps.ranking import best, number, rank, ranking_table, short, write_ranking
 from lightning_modules.sweeps.record import Record, read_record
 from lightning_modules.sweeps.runner import Runner
 from lightning_modules.sweeps.state import SweepState, Trial
@@ -56,10 +56,9 @@ def _parameters(trial: Trial) -> str:
 
 
 def _values(plan: Plan, record: Record) -> str:
-    value = best(plan, record)
-    return (
-        f"{plan.metric} {math.nan if value is None else value:.4g} after {len(record.values(plan.metric))} validations"
-    )
+    value, validations = best(plan, record), len(record.values(plan.metric))
+    shown = number(math.nan if value is None else value)
+    return f"{plan.metric} {shown} after {validations} validation{'s' * (validations != 1)}"
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

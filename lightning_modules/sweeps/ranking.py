@@ -18,7 +18,7 @@ from lightning_modules.sweeps.record import Record, read_record
 from lightning_modules.sweeps.state import SweepState, Trial
 from lightning_modules.whole_files import write_text
 
-__all__ = ["Row", "best", "rank", "ranking_table", "short", "write_ranking"]
+__all__ = ["Row", "best", "number", "rank", "ranking_table", "short", "write_ranking"]
 
 SEED = "seed_everything"
 
@@ -98,6 +98,11 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def number(value: float) -> str:
+    """A metric for people: of a bound in nats the hundredths count, of a small number four digits do."""
+    return "-" if math.isnan(value) else f"{value:.2f}" if 10 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
 def ranking_table(plan: Plan, rows: Sequence[Row]) -> Table:
     """The ranking for the terminal."""
     names = sorted({name for row in rows for name in row.parameters})
@@ -106,10 +111,10 @@ def ranking_table(plan: Plan, rows: Sequence[Row]) -> Table:
     for column in ("#", *names, plan.metric, *(["test, best weights"] if tested else []), "trials"):
         table.add_column(column, justify="left" if column in (*names, "trials") else "right", overflow="fold")
     for row in rows:
-        value = "-" if math.isnan(row.value) else f"{row.value:.4g}"
+        value = number(row.value)
         if not math.isnan(row.deviation):
             value += f" ± {row.deviation:.2g}"
-        test = [] if not tested else ["-"] if math.isnan(row.test) else [f"{row.test:.4g}"]
+        test = [number(row.test)] if tested else []
         states = ", ".join(f"{row.states.count(s)} {s}" for s in dict.fromkeys(row.states))
         parameters = [short(row.parameters.get(name, "")) for name in names]
         table.add_row(str(row.rank or "-"), *parameters, value, *test, states)
