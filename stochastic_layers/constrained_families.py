@@ -114,9 +114,12 @@ class _UnitInterval(ContinuousFamily):
         return z.clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps / 2)  # inside, where log q(z) is finite
 
     def _clamp_mode(self, inner: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The inner mode where both concentrations exceed 1, else the end of the interval where q is larger."""
+        """The inner mode where both concentrations exceed 1, else the end of the interval where q is larger.
+
+        Where the ends are alike it is the lower one, and the middle of the uniform law.
+        """
         info = torch.finfo(a.dtype)
-        ends = torch.where(a > b, 1 - info.eps / 2, torch.where(a < b, info.tiny, 0.5)).to(a.dtype)
+        ends = torch.where(a > b, 1 - info.eps / 2, torch.where((a < b) | (a < 1), info.tiny, 0.5)).to(a.dtype)
         return torch.where((a > 1) & (b > 1), inner.clamp(info.tiny, 1 - info.eps / 2), ends)
 
 

@@ -87,16 +87,19 @@ class UniformCodes(Distribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         codes = self.codes
-        device = next(codes.buffers()).device
         shape = (*sample_shape, *self.batch_shape, self.latent_dim, *codes.index_shape)
-        return codes.decode(torch.randint(codes.num_codes, shape, device=device)).detach().flatten(-2)
+        return codes.decode(torch.randint(codes.num_codes, shape, device=self._device)).detach().flatten(-2)
 
     def log_prob(self, value: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
         return value.new_full(shape, -self.latent_dim * self.codes.log_num_codes)
 
     def entropy(self) -> Tensor:
-        return torch.full(self.batch_shape, self.latent_dim * self.codes.log_num_codes)
+        return torch.full(self.batch_shape, self.latent_dim * self.codes.log_num_codes, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.codes.buffers()).device
 
 
 @register_kl(PointMass, UniformCodes)  # type: ignore[no-untyped-call, untyped-decorator]

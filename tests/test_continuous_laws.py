@@ -281,8 +281,10 @@ def test_modes_at_the_ends_of_the_support_are_points_of_it():
         mode = layer.mode(torch.tensor([-3.0, -4.0, -4.0, -3.0]))
         torch.testing.assert_close(mode, torch.tensor(expected))
         assert bool(torch.isfinite(layer.family.log_prob(layer.distribution(raw), mode)).all())
-        # one concentration above 1 and one below; and both ends alike
-        torch.testing.assert_close(layer.mode(torch.tensor([0.7, 0.0, -0.7, 0.0])), torch.tensor([1.0, 0.5]))
+        # one concentration above 1 and one below; and both ends alike, where the middle is the least probable
+        torch.testing.assert_close(layer.mode(torch.tensor([0.7, 0.0, -0.7, 0.0])), torch.tensor([1.0, 0.0]))
+    beta = sl.create("pathwise", family="beta", latent_dim=2).family
+    torch.testing.assert_close(beta.mode(beta.standard()), torch.full((2,), 0.5))
     gamma = sl.create("pathwise", family="gamma", latent_dim=2)
     mode = gamma.mode(raw)
     assert bool((mode > 0).all() and (mode < 1e-30).all())

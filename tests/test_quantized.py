@@ -86,6 +86,12 @@ def test_the_gradient_is_a_stand_in_for_one_that_is_zero(name):
     assert float(stand_in.norm()) > 0.1  # so that all of this is bias
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prior_is_where_its_codes_are(name):
+    prior = build(name).to("meta").family.standard()
+    assert prior.entropy().device.type == prior.sample().device.type == "meta"
+
+
 def test_enumeration_sums_a_point_mass_to_the_value_at_the_code():
     layer = build("lfq", code_dim=2)
     params = embeddings(layer, 4)
