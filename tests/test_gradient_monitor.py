@@ -277,6 +277,18 @@ def test_a_basket_that_does_not_fit_is_refused_as_training_starts():
         train(lambda: VAE("reinforce", LOO), GradientVarianceMonitor(basket=["disarm", "gaussian"]))
 
 
+def test_a_decoder_is_trained_behind_an_encoder_and_a_layer_that_are_frozen():
+    def frozen():
+        model = VAE("reinforce", LOO)
+        model.encoder.requires_grad_(False)
+        model.layer.eval()
+        return model
+
+    model, history, _ = train(frozen)
+    assert "train/elbo" in history and "train/grad_variance" not in history
+    assert not same(model.decoder, frozen().decoder)
+
+
 def test_other_modules_are_refused():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     with pytest.raises(ValueError, match="needed a VAE or HierarchicalVAE"):

@@ -115,6 +115,8 @@ class GradientVarianceMonitor(Callback):
         if not self._is_due(trainer) or batch_idx % trainer.accumulate_grad_batches:
             return
         model, x = _checked(pl_module), data_of(batch)
+        if not all(layer.training for layer in model.stochastic_layers):
+            return  # behind an encoder that is frozen a layer in evaluation mode is in order, and has no estimator
         model.check_data(x)  # at every step this comes before the check of the model itself
         with self._own_noise(trainer, model), trainer.precision_plugin.train_step_context():
             few = x[: -(-self.num_examples // trainer.world_size)]
