@@ -277,6 +277,7 @@ def test_a_basket_that_does_not_fit_is_refused_as_training_starts():
         train(lambda: VAE("reinforce", LOO), GradientVarianceMonitor(basket=["disarm", "gaussian"]))
 
 
+@pytest.mark.filterwarnings("ignore:Found 2 module")  # Lightning's own word on it
 def test_a_decoder_is_trained_behind_an_encoder_and_a_layer_that_are_frozen():
     def frozen():
         model = VAE("reinforce", LOO)
