@@ -159,6 +159,16 @@ def compare(
     return rows
 
 
+def _command() -> str:
+    """What was called, less the folder of the result: a path of this machine, which measures nothing."""
+    script, *words = sys.argv
+    while "--folder" in words:
+        at = words.index("--folder")
+        del words[at : at + 2]
+    words = [word for word in words if not word.startswith("--folder=")]
+    return " ".join(["python -m benchmarks." + Path(script).stem, *words])
+
+
 def _run(*command: str) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
@@ -225,7 +235,7 @@ def write(
         "schema": SCHEMA,
         "benchmark": benchmark,
         "question": question,
-        "command": "python -m benchmarks." + Path(sys.argv[0]).stem + "".join(f" {a}" for a in sys.argv[1:]),
+        "command": _command(),
         "environment": environment(device),
         "unavailable": dict(unavailable or {}),
         "findings": dict(findings or {}),

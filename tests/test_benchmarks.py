@@ -35,6 +35,13 @@ def test_a_committed_result_keeps_the_schema_and_is_on_the_page(path):
     assert path.with_suffix(".png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("folder", [["--folder", "/home/me/results"], ["--folder=/home/me/results"], []], ids=str)
+def test_the_command_is_recorded_without_the_folder_of_the_result(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/home/me/benchmarks/layers.py", "--seconds", "3", *folder, "--threads", "2"])
+    path = measure.write("sums", "Which?", [Row("sums", "short", "s", 1.0, 1.0, 1.0, 9)], folder=tmp_path)
+    assert render.read(path)["command"] == "python -m benchmarks.layers --seconds 3 --threads 2"
+
+
 def test_results_are_committed():
     assert COMMITTED
 
