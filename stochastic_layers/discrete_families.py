@@ -14,7 +14,12 @@ from stochastic_layers.categorical import draw_index, log_prob_of_index, one_hot
 from stochastic_layers.families import Family, register_family
 from stochastic_layers.noise import below, double_uniform
 
-__all__ = ["BernoulliFamily", "CategoricalFamily", "ChoiceFamily", "SigmoidBernoulli"]
+__all__ = ["BernoulliFamily", "CategoricalFamily", "ChoiceFamily", "SigmoidBernoulli", "wide"]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, where the device has it: sums of noise, or of exponentials, with logits of any size."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
 
 
 class SigmoidBernoulli(Bernoulli):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
 from stochastic_layers.categorical import one_hot
-from stochastic_layers.discrete_families import ChoiceFamily
+from stochastic_layers.discrete_families import ChoiceFamily, wide
 from stochastic_layers.families import register_family
 from stochastic_layers.noise import log_exponential
 
@@ -36,14 +36,9 @@ def matrices(order: Tensor, like: Tensor) -> Tensor:
     return one_hot(order.unsqueeze(-1), like)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """In float64, where a device has it: sums of noise, or of exponentials, with logits of any size that is allowed."""
-    return logits if logits.device.type == "mps" else logits.double()
-
-
 def _log_prob_of_sorted(logits: Tensor) -> Tensor:
     """log q of the order in which these are the logits of the items ``[..., n]``."""
-    x = _wide(logits)
+    x = wide(logits)
     rest = x.flip(-1).logcumsumexp(-1).flip(-1)  # of the items that have not come yet
     return (x - rest).sum(-1).to(logits.dtype)
 
@@ -108,7 +103,7 @@ class PlackettLuce(Distribution):
         """Draws ``[*sample_shape, ..., n]`` as items from the first to the last."""
         logits = self.logits.detach()
         noise = log_exponential((*sample_shape, *logits.shape), logits)
-        return (_wide(logits) - noise).argsort(dim=-1, descending=True)
+        return (wide(logits) - noise).argsort(dim=-1, descending=True)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         return matrices(self.sample_order(sample_shape), self.logits)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from stochastic_layers.auxiliary import kernels_usable
 from stochastic_layers.categorical import draw_index
-from stochastic_layers.discrete_families import ChoiceFamily
+from stochastic_layers.discrete_families import ChoiceFamily, wide
 from stochastic_layers.families import register_family
 from stochastic_layers.noise import double_uniform
 from stochastic_layers.options import check_positive_int
@@ -41,11 +41,6 @@ def _listed(count: int, size: int) -> Any:
     chosen = np.zeros((len(members), count), dtype=bool)
     np.put_along_axis(chosen, members, True, axis=1)
     return np.concatenate([chosen, ~chosen], axis=1)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    return tensor if tensor.device.type == "mps" else tensor.double()
 
 
 class _Lazy(Generic[T]):
@@ -143,12 +138,12 @@ class KSubset(Distribution):
     def _every(self) -> Tensor:
         """All subsets, and what each leaves out: ones and zeros ``[N, 2 n]``, in float64."""
         listed = torch.as_tensor(_listed(self.logits.shape[-1], self.size), device=self.logits.device)
-        return _wide(listed.to(self.logits.dtype))
+        return wide(listed.to(self.logits.dtype))
 
     @_Lazy
     def _centered(self) -> Tensor:
         """Logits ``[..., n]`` less the k-th largest, near which lies what is uncertain, in float64."""
-        logits = _wide(self.logits)
+        logits = wide(self.logits)
         return logits - logits.detach().topk(self.size, -1).values[..., -1:]
 
     @_Lazy
@@ -327,7 +322,7 @@ class SubsetFamily(ChoiceFamily):
     def outcome_scores(self, params: Tensor) -> Tensor:
         every = self._members(torch.arange(self.num_outcomes, device=params.device))
         # no shortened mantissa on a GPU
-        return (_wide(self.unflatten(params)) @ _wide(every.to(params.dtype)).T).to(params.dtype)
+        return (wide(self.unflatten(params)) @ wide(every.to(params.dtype)).T).to(params.dtype)
 
     def outcome_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self._members(index).to(dtype).flatten(-2)
